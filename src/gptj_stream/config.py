@@ -1,0 +1,128 @@
+"""The model's shape: one frozen declaration, under Hugging Face's names, and the named presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gptj_stream.errors import UserError
+
+
+class ModelConfig(BaseModel):
+    """A GPT-J's shape. Field names and defaults are those of transformers' `GPTJConfig`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int = Field(50400, ge=1)
+    n_positions: int = Field(2048, ge=1)
+    n_embd: int = Field(4096, ge=1)
+    n_layer: int = Field(28, ge=1)
+    n_head: int = Field(16, ge=1)
+    rotary_dim: int = Field(64, ge=2)
+    n_inner: int | None = Field(None, ge=1)
+    activation_function: Literal["gelu_new"] = "gelu_new"
+    resid_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
+    embd_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
+    attn_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
+    layer_norm_epsilon: float = Field(1e-5, gt=0.0)
+    initializer_range: float = Field(0.02, gt=0.0)
+    tie_word_embeddings: Literal[False] = False
+    bos_token_id: int | None = Field(50256, ge=0)
+    eos_token_id: int | None = Field(50256, ge=0)
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"rotary_dim {self.rotary_dim} must be even and at most the head size {self.head_dim} (n_embd / n_head)"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the feed-forward's hidden layer: `n_inner`, or 4 x `n_embd` where that is null."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def block_parameters(self) -> int:
+        d, f = self.n_embd, self.inner_dim
+        return 4 * d * d + 2 * d * f + f + d + 2 * d
+
+    @property
+    def parameters(self) -> int:
+        d, v = self.n_embd, self.vocab_size
+        return v * d + self.n_layer * self.block_parameters + 2 * d + v * d + v
+
+    def flops_per_token(self, context: float) -> float:
+        """Useful training FLOPs of one token: 6 per weight of every matrix product, and causal attention.
+
+        `context` is the mean number of positions a token attends to (half the sequence length in a full window).
+        Attention costs 4 x n_embd a position and layer forward (scores and weighted values), three times that with
+        the backward pass. Recomputation does not count. (PaLM, arXiv 2204.02311, appendix B.)
+        """
+        d, f = self.n_embd, self.inner_dim
+        matrices = self.n_layer * (4 * d * d + 2 * d * f) + self.vocab_size * d
+        return 6.0 * matrices + 12.0 * self.n_layer * d * context
+
+    def with_dropout(self, dropout: float) -> ModelConfig:
+        """The same model with one rate for embedding, residual and attention dropout."""
+        return self.model_copy(update={"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout})
+
+    @classmethod
+    def from_huggingface(cls, values: dict[str, Any], source: str) -> ModelConfig:
+        """Read a `config.json`'s values; `source` names the file in messages.
+
+        Keys that do not change the mathematics (dtype, `use_cache`, `task_specific_params`, ...) are ignored.
+
+        Raises:
+            UserError: another architecture, or a value this model cannot have.
+        """
+        model_type = values.get("model_type")
+        if model_type != "gptj":
+            raise UserError(f"{source}: model_type is {model_type!r}; this program trains GPT-J checkpoints ('gptj') only")
+        if values.get("quantization_config"):
+            raise UserError(f"{source}: the checkpoint is quantized (quantization_config); start from the fp32, fp16 or bf16 one")
+        known = {key: value for key, value in values.items() if key in cls.model_fields}
+        if known.get("tie_word_embeddings") is None:
+            known.pop("tie_word_embeddings", None)  # older configs leave it out; GPT-J never ties
+        try:
+            return cls(**known)
+        except ValidationError as error:
+            raise UserError(f"{source}: {first_validation_error(error)}") from None
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The values of a `config.json` that transformers accepts as it is."""
+        return {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], **self.model_dump(), "use_cache": True}
+
+
+def first_validation_error(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one line: field, limit and the value given."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # raised by a validator of ours, already a sentence
+        message = str(first["ctx"]["error"])
+        return f"{'.'.join(map(str, first['loc']))}: {message}" if first["loc"] else message
+    field = ".".join(str(part) for part in first["loc"] if part in getattr(error, "fields", first["loc"]))
+    return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+# Sizes after the GPT-2 and Pythia families; every one but `gpt-j-6b` keeps GPT-J's 25 % rotary share.
+PRESETS: dict[str, ModelConfig] = {
+    "gpt-j-6b": ModelConfig(),
+    "gpt-j-1.3b": ModelConfig(n_embd=2048, n_layer=24, n_head=16, rotary_dim=32),
+    "gpt-j-350m": ModelConfig(n_embd=1024, n_layer=24, n_head=16, rotary_dim=16),
+    "gpt-j-125m": ModelConfig(n_embd=768, n_layer=12, n_head=12, rotary_dim=16),
+    "gpt-j-25m": ModelConfig(n_embd=384, n_layer=6, n_head=6, rotary_dim=16),
+    "gpt-j-10m": ModelConfig(n_embd=256, n_layer=6, n_head=4, rotary_dim=16, n_positions=1024),
+    "gpt-j-tiny": ModelConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=4, n_positions=256),
+}
