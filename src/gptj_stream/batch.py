@@ -1,0 +1,51 @@
+"""What one pass through the model consumes: documents laid end to end in one stream of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a position that carries no loss (PyTorch's and Hugging Face's value)."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """N tokens of several documents, end to end, without padding.
+
+    A document attends to itself alone and its positions count from 0, so it makes no difference to a document which
+    others share its micro-batch.
+
+    Attributes:
+        input_ids: (N,) int64.
+        targets: (N,) int64, the token that follows, or `IGNORE` where the position carries no loss.
+        lengths: the documents' lengths in order; they sum to N.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.shape == self.targets.shape == (sum(self.lengths),)
+
+    @cached_property
+    def target_count(self) -> int:
+        """How many positions carry loss."""
+        return int((self.targets != IGNORE).sum())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,) int64: each token's place in its document."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    @property
+    def mean_context(self) -> float:
+        """Mean number of positions that a token attends to."""
+        return sum(n * (n + 1) / 2 for n in self.lengths) / sum(self.lengths)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(self.input_ids.to(device), self.targets.to(device), self.lengths)
