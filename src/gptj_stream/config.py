@@ -90,9 +90,13 @@ class ModelConfig(BaseModel):
         """
         model_type = values.get("model_type")
         if model_type != "gptj":
-            raise UserError(f"{source}: model_type is {model_type!r}; this program trains GPT-J checkpoints ('gptj') only")
+            raise UserError(
+                f"{source}: model_type is {model_type!r}; this program trains GPT-J checkpoints ('gptj') only"
+            )
         if values.get("quantization_config"):
-            raise UserError(f"{source}: the checkpoint is quantized (quantization_config); start from the fp32, fp16 or bf16 one")
+            raise UserError(
+                f"{source}: the checkpoint is quantized (quantization_config); start from the fp32, fp16 or bf16 one"
+            )
         known = {key: value for key, value in values.items() if key in cls.model_fields}
         if known.get("tie_word_embeddings") is None:
             known.pop("tie_word_embeddings", None)  # older configs leave it out; GPT-J never ties
@@ -107,12 +111,11 @@ class ModelConfig(BaseModel):
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one line: field, limit and the value given."""
+    """The first of pydantic's complaints as one line: field, value given, limit."""
     first = error.errors()[0]
-    if first["type"] == "value_error":  # raised by a validator of ours, already a sentence
-        message = str(first["ctx"]["error"])
-        return f"{'.'.join(map(str, first['loc']))}: {message}" if first["loc"] else message
-    field = ".".join(str(part) for part in first["loc"] if part in getattr(error, "fields", first["loc"]))
+    if first["type"] == "value_error":  # raised by a validator of ours: already a sentence
+        return str(first["ctx"]["error"])
+    field = ".".join(str(part) for part in first["loc"])
     return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
