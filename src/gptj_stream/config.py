@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,16 +65,31 @@ class ModelConfig(BaseModel):
         d, v = self.n_embd, self.vocab_size
         return v * d + self.n_layer * self.block_parameters + 2 * d + v * d + v
 
-    def flops_per_token(self, context: float) -> float:
-        """Useful training FLOPs of one token: 6 per weight of every matrix product, and causal attention.
+    def training_flops(self, tokens: int, targets: int, mean_context: float) -> float:
+        """Useful FLOPs of a training step: 6 a weight and token of each matrix product, and causal attention.
 
-        `context` is the mean number of positions a token attends to (half the sequence length in a full window).
-        Attention costs 4 x n_embd a position and layer forward (scores and weighted values), three times that with
-        the backward pass. Recomputation does not count. (PaLM, arXiv 2204.02311, appendix B.)
+        The vocabulary projection counts for the `targets` alone, since no other position is projected. Attention
+        costs 4 x n_embd a position attended to, token and layer forward (scores and weighted values), twice that
+        backward. Recomputation does not count. (PaLM, arXiv 2204.02311, appendix B.)
         """
         d, f = self.n_embd, self.inner_dim
-        matrices = self.n_layer * (4 * d * d + 2 * d * f) + self.vocab_size * d
-        return 6.0 * matrices + 12.0 * self.n_layer * d * context
+        blocks = 6.0 * (4 * d * d + 2 * d * f) + 12.0 * d * mean_context
+        return self.n_layer * blocks * tokens + 6.0 * self.vocab_size * d * targets
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse token ids that the model cannot take.
+
+        Raises:
+            UserError: an id outside the vocabulary, or more ids than positions.
+        """
+        if len(ids) > self.n_positions:
+            raise UserError(f"{len(ids)} tokens exceed the model's {self.n_positions} positions; shorten the text")
+        outside = [token for token in ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise UserError(
+                f"token id {outside[0]} is out of range of the model's vocabulary of {self.vocab_size}; "
+                "use the model's own tokenizer"
+            )
 
     def with_dropout(self, dropout: float) -> ModelConfig:
         """The same model with one rate for embedding, residual and attention dropout."""

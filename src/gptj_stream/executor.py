@@ -26,6 +26,15 @@ def model_layouts(config: ModelConfig) -> list[Layout]:
     return [Layout.of(prefix, module) for prefix, module in layer_templates(config)]
 
 
+def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """What a block keeps from forward to backward: 8 values of the model's width a token and 2 of the inner width.
+
+    They are its input, the norm's output, q, k, v, their rotated forms and the attention's output, and the
+    feed-forward's before and after GELU.
+    """
+    return tokens * dtype.itemsize * (8 * config.n_embd + 2 * config.inner_dim)
+
+
 @dataclass(frozen=True)
 class _Item:
     """A micro-batch on the device, with what is the same for it in every layer."""
@@ -63,14 +72,17 @@ class Executor:
         self._first_kept = self._head - kept_layers
         self._seed = seed
 
-    def gradients(self, batches: Sequence[MicroBatch], step: int) -> float:
-        """Leave in the store the gradient of the mean loss over all target tokens of `batches`; return that loss.
+    def gradients(self, batches: Sequence[MicroBatch], step: int) -> list[float]:
+        """Leave in the store the gradient of the mean loss over all target tokens of `batches`.
 
         Every layer is fetched once for the forward pass and once for the backward pass, whatever the number of
         micro-batches; their gradients are summed in fp32.
 
         Args:
             step: keys the dropout masks, with the seed, the layer and the micro-batch.
+
+        Returns:
+            Each micro-batch's loss, summed over its target tokens, in nats.
         """
         self._set_training(True)
         targets = sum(batch.target_count for batch in batches)
@@ -90,7 +102,7 @@ class Executor:
                             outputs.append(self._run(layer, self._weights(layer, flat), inputs[layer][i], item))
             inputs.append(outputs)
 
-        loss = torch.zeros((), dtype=torch.float64, device=self.store.device)
+        losses: list[Tensor] = []
         grad_outputs = [torch.full((), 1 / targets, device=self.store.device)] * len(items)
         for layer, flat in self.store.stream(range(self._head, -1, -1)):
             gradient = self.store.gradient(layer)
@@ -102,7 +114,7 @@ class Executor:
                         graph_or_none = self._record(layer, flat, layer_inputs[i], item)
                 graph, layer_inputs[i] = graph_or_none, None
                 if layer == self._head:
-                    loss += graph.out.detach().sum(dtype=torch.float64)
+                    losses.append(graph.out.detach().sum(dtype=torch.float64))
                 leaves = graph.parameters if graph.x is None else [graph.x, *graph.parameters]
                 grads = list(torch.autograd.grad(graph.out, leaves, grad_outputs[i].expand_as(graph.out)))
                 if graph.x is not None:
@@ -113,7 +125,7 @@ class Executor:
                     else:
                         view.add_(grad)
             self.store.put_gradient(layer, gradient)
-        return loss.item() / targets
+        return [loss.item() for loss in losses]
 
     @torch.no_grad()
     def token_losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:

@@ -24,7 +24,7 @@ def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target
     gradient for all positions (a sum or mean of the result, not a weighting of it).
     """
     kept = (targets_N != IGNORE).nonzero().squeeze(1)
-    nll = _LinearCrossEntropy.apply(h_ND[kept], weight_VD, bias_V, targets_N[kept])
+    nll: Tensor = _LinearCrossEntropy.apply(h_ND[kept], weight_VD, bias_V, targets_N[kept])  # type: ignore[no-untyped-call]
     return nll.new_zeros(targets_N.shape).index_copy(0, kept, nll)
 
 

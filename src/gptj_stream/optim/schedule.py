@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Schedule = Literal["cosine", "linear", "constant"]
+from gptj_stream.options import Schedule
 
 
 def scheduled_learning_rate(

@@ -1,0 +1,197 @@
+"""Hugging Face checkpoint folders: `config.json`, safetensors in one file or in shards, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptj_stream.config import ModelConfig
+from gptj_stream.errors import UserError
+from gptj_stream.files import new_folder, read_json
+from gptj_stream.layout import Slot
+from gptj_stream.store import Store
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_TAGS = {dtype: tag for tag, dtype in _DTYPES.items()}
+_OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older transformers saved beside the weights
+
+
+class HuggingFaceFolder:
+    """An open checkpoint. Opening reads headers alone and refuses a folder that does not hold a whole GPT-J.
+
+    Attributes:
+        config: the model's shape.
+        dtype: what the weights are stored in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`.
+
+        Raises:
+            UserError: not a checkpoint folder, another architecture, or files that are missing, damaged or disagree.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give a checkpoint folder in Hugging Face layout")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is not a checkpoint folder: it has no config.json")
+        self.config = ModelConfig.from_huggingface(read_json(folder / "config.json"), str(folder / "config.json"))
+        self._files = {path: _open(path) for path in self._weight_files()}
+        self._home = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self.dtype = self._dtype("lm_head.weight") if "lm_head.weight" in self._home else torch.float32
+
+    def load(self, store: Store) -> None:
+        """Fill the store's weights, one tensor at a time.
+
+        Raises:
+            UserError: a tensor is missing, unexpected, of another shape or not a number everywhere.
+        """
+        self._check_names(slot.name for layout in store.layouts for slot in layout.slots)
+        for layer, layout in enumerate(store.layouts):
+            flat = torch.empty(layout.numel, dtype=store.read(layer)["weight"].dtype)
+            for slot, view in layout.views(flat):
+                view.copy_(self.read(slot))
+            store.write(layer, {"weight": flat})
+
+    def read(self, slot: Slot) -> Tensor:
+        """One tensor as it is stored."""
+        path = self._home[slot.name]
+        shape = tuple(self._files[path].get_slice(slot.name).get_shape())
+        if shape != slot.shape:
+            raise UserError(f"{path}: {slot.name} has shape {shape}; config.json makes it {slot.shape}")
+        self._dtype(slot.name)
+        tensor: Tensor = self._files[path].get_tensor(slot.name)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {slot.name} holds values that are not finite; the file is damaged")
+        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        tag = self._files[self._home[name]].get_slice(name).get_dtype()
+        if tag not in _DTYPES:
+            raise UserError(f"{self._home[name]}: {name} has dtype {tag}; only {', '.join(_DTYPES)} can be read")
+        return _DTYPES[tag]
+
+    def _weight_files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise UserError(f"{index}: it has no weight_map")
+            return [self.folder / name for name in sorted(set(names.values()))]
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
+        found = sorted(path.name for path in self.folder.glob("*.bin"))
+        has = f"has {', '.join(found[:3])} but no" if found else "has no"
+        raise UserError(f"{self.folder} {has} {WEIGHTS} or {INDEX}; save the model as safetensors first")
+
+    def _check_names(self, expected_names: Iterable[str]) -> None:
+        expected = set(expected_names)
+        if missing := sorted(expected - self._home.keys()):
+            raise UserError(f"{self.folder}: {_listed(missing)} missing; the checkpoint is not whole")
+        unexpected = sorted(name for name in self._home.keys() - expected if not name.endswith(_OLD_BUFFERS))
+        if unexpected:
+            raise UserError(f"{self.folder}: {_listed(unexpected)} not part of the model that config.json describes")
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    store: Store,
+    *,
+    dtype: torch.dtype,
+    carried_files: Iterable[Path] = (),
+    source: Path | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Write the store's weights as a folder that transformers loads; it appears whole or not at all.
+
+    Args:
+        dtype: of the weights on disk.
+        carried_files: the tokenizer's, to copy.
+        source: checkpoint folder whose `generation_config.json` to carry over.
+        max_shard_size: bytes of a weight file; a larger model is written as several, with an index.
+    """
+    with new_folder(folder) as temporary:
+        _write_weights(temporary, store, dtype, max_shard_size)
+        values = config.to_huggingface() | {"dtype": str(dtype).removeprefix("torch.")}
+        _write_json(temporary / "config.json", values)
+        generation = source / "generation_config.json" if source else None
+        if generation and generation.is_file():
+            shutil.copyfile(generation, temporary / generation.name)
+        else:
+            tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+            _write_json(temporary / "generation_config.json", tokens)
+        for path in carried_files:
+            shutil.copyfile(path, temporary / path.name)
+
+
+def _write_weights(folder: Path, store: Store, dtype: torch.dtype, max_shard_size: int) -> None:
+    shards: list[list[tuple[int, Slot]]] = [[]]
+    size = 0
+    for layer, layout in enumerate(store.layouts):
+        for slot in layout.slots:
+            nbytes = slot.numel * dtype.itemsize
+            if shards[-1] and size + nbytes > max_shard_size:
+                shards.append([])
+                size = 0
+            shards[-1].append((layer, slot))
+            size += nbytes
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    else:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {slot.name: file for file, shard in zip(files, shards, strict=True) for _, slot in shard}
+        total = sum(layout.numel for layout in store.layouts) * dtype.itemsize
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, shard in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as out:
+            _write_safetensors(out, [slot for _, slot in shard], dtype, _tensors(store, shard))
+
+
+def _tensors(store: Store, shard: list[tuple[int, Slot]]) -> Iterator[Tensor]:
+    for layer, slot in shard:
+        yield slot.view(store.read(layer)["weight"])
+
+
+def _write_safetensors(out: BinaryIO, slots: list[Slot], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+    """The safetensors format, one tensor in memory at a time (the library's own writer wants them all).
+
+    8 bytes of header length, a JSON header padded with spaces to a multiple of 8, the tensors end to end.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for the "format"
+    end = 0
+    for slot in slots:
+        start, end = end, end + slot.numel * dtype.itemsize
+        header[slot.name] = {"dtype": _TAGS[dtype], "shape": slot.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        out.write(tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the index names it, so the checkpoint is not whole") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not safetensors: {error}") from None
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,232 @@
+"""The command line: a parser for every job, built from the job's options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from gptj_stream.errors import UserError
+from gptj_stream.evaluate import evaluate
+from gptj_stream.generate import read_prompts, stream
+from gptj_stream.options import (
+    EvaluateOptions,
+    GenerateOptions,
+    Options,
+    PrepareOptions,
+    TokenizerOptions,
+    TrainOptions,
+    read_yaml,
+    unknown_option,
+)
+from gptj_stream.prepare import prepare, train_bpe
+from gptj_stream.report import ConsoleReport
+from gptj_stream.run_folder import RunFolder
+from gptj_stream.train import train
+
+
+@dataclass(frozen=True)
+class Command:
+    options: type[Options]
+    run: Callable[..., None]  # (options), or (options, json) where `json` is set
+    json: bool = False
+
+
+def _train(options: TrainOptions) -> None:
+    result = train(options, ConsoleReport())
+    print(f"{result.output}: weights of step {result.exported_step}, loss {result.loss:.4f} at step {result.step}")
+
+
+def _prepare(options: PrepareOptions) -> None:
+    dataset = prepare(options, ConsoleReport())
+    print(f"{options.output}: {dataset.manifest.tokens:,} tokens of {dataset.manifest.documents:,} documents")
+
+
+def _train_bpe(options: TokenizerOptions) -> None:
+    tokenizer = train_bpe(options, ConsoleReport())
+    print(f"{options.output}: {tokenizer.vocab_size:,} tokens")
+
+
+def _evaluate(options: EvaluateOptions, as_json: bool) -> None:
+    result = evaluate(options, ConsoleReport())
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    table = Table("loss", "perplexity", "bits per byte", "target tokens", "bytes", "documents")
+    table.add_row(
+        f"{result.loss:.4f}",
+        f"{result.perplexity:.3f}",
+        f"{result.bits_per_byte:.4f}",
+        f"{result.target_tokens:,}",
+        f"{result.text_bytes:,}",
+        f"{result.documents:,}",
+    )
+    Console().print(table)
+
+
+def _generate(options: GenerateOptions, as_json: bool) -> None:
+    """Text appears as it is produced: the first unfinished prompt's at once, the others' when theirs is the turn."""
+    prompts = read_prompts(options)
+    texts = [""] * len(prompts)
+    reasons: dict[int, str] = {}
+    shown = printed = 0  # the prompt whose text is appearing, and how much of it has
+    for piece in stream(options):
+        texts[piece.index] += piece.text
+        if piece.finished:
+            reasons[piece.index] = piece.finished
+        while shown < len(prompts):
+            if as_json:
+                if shown in reasons:
+                    print(json.dumps({"prompt": prompts[shown], "text": texts[shown], "finished": reasons[shown]}))
+            else:
+                start = prompts[shown] if printed == 0 else ""
+                print(start + texts[shown][max(0, printed - 1) :], end="\n" if shown in reasons else "", flush=True)
+                printed = 1 + len(texts[shown])
+            if shown not in reasons:
+                break
+            shown, printed = shown + 1, 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(TrainOptions, _train),
+    "prepare": Command(PrepareOptions, _prepare),
+    "evaluate": Command(EvaluateOptions, _evaluate, json=True),
+    "generate": Command(GenerateOptions, _generate, json=True),
+    "tokenizer train": Command(TokenizerOptions, _train_bpe),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in arguments
+    try:
+        _run([argument for argument in arguments if argument != "--traceback"])
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; a run goes on with --resume from its newest checkpoint", 130)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if traceback:
+            raise
+        message = " ".join(str(error).split())
+        return _fail(f"internal error: {type(error).__name__}: {message} (--traceback shows where)", 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gptj: {message}", file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> None:
+    name, rest = _command(arguments)
+    command = COMMANDS[name]
+    parser = _parser(name, command)
+    # the YAML names work as options too: --learning_rate is --learning-rate
+    spelled = [_dashed(argument) if argument.startswith("--") else argument for argument in rest]
+    given, unknown = parser.parse_known_args(spelled)
+    if unknown:
+        if unknown[0].startswith("--"):
+            raise unknown_option(unknown[0].removeprefix("--").partition("=")[0], command.options)
+        raise UserError(f"unexpected argument {unknown[0]!r}; options are written --name value")
+    values: dict[str, Any] = vars(given)
+    as_json = values.pop("json", False)
+    config = values.pop("config", None)
+    values = (read_yaml(Path(config)) if config else {}) | values
+    if command.options is TrainOptions and values.get("resume") and "output" in values:
+        values = RunFolder(Path(values["output"])).merged(values)
+    options = command.options.parse(values)
+    if command.json:
+        command.run(options, as_json)
+    else:
+        command.run(options)
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help()
+        raise SystemExit(0)
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    nearest = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1) or difflib.get_close_matches(
+        arguments[0], COMMANDS, n=1
+    )
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command {arguments[0]!r}; {hint}")
+
+
+def _print_help() -> None:
+    print("gptj: fine-tune all of GPT-J on the machine you have\n")
+    for name, command in COMMANDS.items():
+        print(f"  gptj {name:<16} {(command.options.__doc__ or '').strip().splitlines()[0]}")
+    print("\n`gptj COMMAND --help` lists a command's options. `--config FILE.yaml` reads them from a file.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def _parser(name: str, command: Command) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"gptj {name}",
+        description=command.options.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it.")
+    if command.json:
+        parser.add_argument("--json", action="store_true", help="Print results as JSON.")
+    for field_name, field in command.options.model_fields.items():
+        parser.add_argument("--" + field_name.replace("_", "-"), **_argument(field))
+    return parser
+
+
+def _argument(field: FieldInfo) -> dict[str, Any]:
+    """argparse's view of a field. Values stay strings: the options' own types and bounds judge them."""
+    text = (field.description or "").replace("%", "%%")
+    if not field.is_required() and field.default not in (None, (), False):
+        text += f" Default: {field.default}."
+    kinds = _kinds(field.annotation)
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    metavar = "{" + ",".join(choices) + "}" if choices else _metavar(kinds)
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return {"nargs": "+", "action": "extend", "metavar": metavar, "help": text}
+    return {"metavar": metavar, "help": text, "required": False}
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The members of `A | B | None` without None, and without pydantic's annotations."""
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(annotation.__origin__)
+    arguments = get_args(annotation)
+    if type(None) in arguments:
+        return [kind for argument in arguments if argument is not type(None) for kind in _kinds(argument)]
+    return [annotation]
+
+
+def _metavar(kinds: list[Any]) -> str:
+    leaves = {leaf for kind in kinds for leaf in (get_args(kind) or (kind,))}
+    return "PATH" if Path in leaves else "N" if int in leaves else "X" if float in leaves else "TEXT"
+
+
+def _dashed(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value

@@ -1,0 +1,72 @@
+"""The job that turns text into token files, and the one that trains a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptj_stream.data.sources import read_documents
+from gptj_stream.data.tokenizer import Tokenizer, train_tokenizer
+from gptj_stream.data.tokens import TokenDataset, is_dataset
+from gptj_stream.data.tokens import prepare as prepare_tokens
+from gptj_stream.errors import UserError
+from gptj_stream.options import PrepareOptions, TokenizerOptions
+from gptj_stream.report import Report
+
+
+def prepare(options: PrepareOptions, report: Report | None = None) -> TokenDataset:
+    """Tokenize once, into memory-mapped files.
+
+    Raises:
+        UserError: a bad source, no text in any, or an output folder that holds something else.
+    """
+    tokenizer = Tokenizer.load(options.model)
+    return _tokenize(options.data, tokenizer, options.output, report or Report(), overwrite=options.overwrite)
+
+
+def open_data(data: Sequence[Path], tokenizer: Tokenizer, cache: Path, report: Report) -> TokenDataset:
+    """The tokens of `data`: an already prepared folder as it is, anything else prepared into `cache`.
+
+    Raises:
+        UserError: as `prepare`, or a prepared folder made with another tokenizer.
+    """
+    if not any(is_dataset(path) for path in data):
+        return _tokenize(data, tokenizer, cache, report)
+    if len(data) > 1:
+        raise UserError(f"{len(data)} data sources, one of them prepared: give one prepared folder, or files only")
+    dataset = TokenDataset.open(data[0])
+    if dataset.manifest.tokenizer != tokenizer.fingerprint:
+        raise UserError(f"{data[0]}: prepared with another tokenizer than the model's; prepare it again")
+    return dataset
+
+
+def train_bpe(options: TokenizerOptions, report: Report | None = None) -> Tokenizer:
+    """Train a byte-level BPE tokenizer on the data's text.
+
+    Raises:
+        UserError: a bad source, no text, or an output folder that is in use.
+    """
+    if options.output.exists() and any(options.output.iterdir()):
+        raise UserError(f"{options.output}: holds files already; use another --output")
+    report = report or Report()
+    texts = ("".join(text for text, _ in document.pieces) for document in read_documents(options.data))
+    train_tokenizer(texts, options.vocab_size, options.output)
+    tokenizer = Tokenizer.load(options.output)
+    report.note(f"{tokenizer.vocab_size:,} tokens in {options.output}")
+    return tokenizer
+
+
+def _tokenize(
+    data: Sequence[Path], tokenizer: Tokenizer, output: Path, report: Report, *, overwrite: bool = False
+) -> TokenDataset:
+    with report.bar(f"tokenize {output.name}", 1.0) as advance:
+        dataset = prepare_tokens(
+            data, tokenizer, output, lambda done, total: advance(done / max(1, total), ""), overwrite=overwrite
+        )
+    manifest = dataset.manifest
+    skipped = "".join(f", {count:,} skipped: {why}" for why, count in manifest.skipped.items() if count)
+    report.note(
+        f"{output.name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{manifest.loss_tokens:,} of them learned{skipped}"
+    )
+    return dataset

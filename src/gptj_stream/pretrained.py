@@ -1,0 +1,54 @@
+"""A checkpoint folder, opened for use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
+from gptj_stream.config import ModelConfig
+from gptj_stream.data.tokenizer import Tokenizer
+from gptj_stream.executor import Executor, model_layouts
+from gptj_stream.machine import resolve_device, resolve_dtype
+from gptj_stream.model import DocumentAttention
+from gptj_stream.store import ResidentStore
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model to evaluate or to generate with."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    executor: Executor
+
+    def logits(self, input_ids: list[int] | Tensor) -> Tensor:
+        """(N, vocab_size) next-token logits of one document of N token ids.
+
+        Raises:
+            UserError: an id outside the vocabulary, or more ids than the model has positions.
+        """
+        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        self.config.check_ids(ids.tolist())
+        return self.executor.logits(ids, torch.arange(len(ids)), lambda _: DocumentAttention((len(ids),)))
+
+
+def load(model: Path | str, *, precision: str = "auto", device: str = "auto") -> Pretrained:
+    """Open a checkpoint folder in Hugging Face layout, or a run folder.
+
+    Args:
+        precision: `fp32`, `bf16`, or `auto` for bf16 where the device multiplies it natively.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`.
+
+    Raises:
+        UserError: the folder does not hold a whole GPT-J with its tokenizer.
+    """
+    folder = HuggingFaceFolder(Path(model))
+    tokenizer = Tokenizer.load(Path(model))
+    resolved = resolve_device(device)
+    store = ResidentStore(model_layouts(folder.config), device=resolved, dtype=resolve_dtype(precision, resolved))
+    folder.load(store)
+    return Pretrained(folder.config, tokenizer, Executor(folder.config, store))

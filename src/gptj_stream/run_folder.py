@@ -1,0 +1,118 @@
+"""The run folder: which files a training run keeps, and where.
+
+RUN/                 the result, in Hugging Face layout, once the run has ended
+RUN/run/config.yaml  the resolved options
+RUN/run/metrics.jsonl, tensorboard/
+RUN/run/checkpoints/ resumable state
+RUN/run/best/        weights of the lowest evaluation loss so far, in Hugging Face layout
+RUN/run/tokens/      the data's tokens, where --data named text
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptj_stream.errors import UserError
+from gptj_stream.files import write_text
+from gptj_stream.options import TrainOptions, read_yaml
+
+# What a resumed run may change without becoming another run.
+_FREE_TO_CHANGE = {
+    "max_steps", "epochs", "micro_batch_size", "kept_layers", "device", "learning_rate", "min_learning_rate",
+    "eval_data", "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export", "save_dtype",
+    "resume", "overwrite", "output",
+}  # fmt: skip
+
+
+class RunFolder:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.internal = root / "run"
+        self.config = self.internal / "config.yaml"
+        self.metrics = self.internal / "metrics.jsonl"
+        self.tensorboard = self.internal / "tensorboard"
+        self.checkpoints = self.internal / "checkpoints"
+        self.best = self.internal / "best"
+        self.last = self.internal / "last"
+        self.tokens = self.internal / "tokens"
+
+    def start(self, *, overwrite: bool) -> None:
+        """Make the folder ready for a new run.
+
+        Raises:
+            UserError: it holds a run or other files, and `overwrite` is not given or not safe.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"{self.root} is a file; --output names a folder")
+        if self.config.is_file():
+            if not overwrite:
+                raise UserError(f"{self.root} already holds a run; add --resume to go on or --overwrite to delete it")
+            shutil.rmtree(self.root)
+        elif self.root.is_dir() and any(self.root.iterdir()):
+            raise UserError(f"{self.root} holds files that are not a run's; use another --output")
+        self.internal.mkdir(parents=True, exist_ok=True)
+
+    def saved_options(self) -> TrainOptions:
+        """The options that the run was started with.
+
+        Raises:
+            UserError: there is no run here.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{self.root} holds no run to resume; leave --resume out to start one")
+        return TrainOptions.parse(read_yaml(self.config))
+
+    def merged(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Option values for a resumed run, which need to name what changes alone.
+
+        Raises:
+            UserError: there is no run here.
+        """
+        saved = self.saved_options().model_dump()
+        if values.get("epochs") is not None:  # a new length replaces the old one, however it was given
+            saved["max_steps"] = None
+        return saved | dict(values)
+
+    def resumed_options(self, given: TrainOptions) -> TrainOptions:
+        """The run's own options with the given ones over them, where those may change.
+
+        Raises:
+            UserError: an option that would make it another run; the message names each with both values.
+        """
+        saved = self.saved_options()
+        values = {name: _absolute(getattr(given, name)) for name in given.model_fields_set}
+        differing = {
+            name: value
+            for name, value in values.items()
+            if value not in (None, "auto", getattr(saved, name))  # left open, or the same
+        }
+        if fixed := [name for name in differing if name not in _FREE_TO_CHANGE]:
+            what = ", ".join(f"{name} (was {getattr(saved, name)}, now {differing[name]})" for name in fixed)
+            raise UserError(f"{self.root}: a resumed run cannot change {what}; start a new run with another --output")
+        return TrainOptions.parse(self.merged(differing))
+
+    def keep_options(self, options: TrainOptions) -> None:
+        """With absolute paths, so that the run can be resumed from anywhere."""
+        absolute = {name: _absolute(value) for name, value in options}
+        write_text(self.config, options.model_copy(update=absolute).to_yaml())
+
+    def publish(self, folder: Path) -> None:
+        """Show a finished checkpoint folder's files in the run's root as well, `config.json` last."""
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            temporary = self.root / f".{path.name}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)  # the same bytes under a second name: no time, no space
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
+            temporary.replace(self.root / path.name)
+
+
+def _absolute(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return value.resolve() if isinstance(value, Path) else value

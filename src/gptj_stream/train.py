@@ -1,0 +1,360 @@
+"""The training job: one loop for every store, precision and set of data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from gptj_stream.checkpoint.huggingface import HuggingFaceFolder, write_folder
+from gptj_stream.checkpoint.native import checkpoints, load_checkpoint, save_checkpoint
+from gptj_stream.config import PRESETS, ModelConfig
+from gptj_stream.data import tokenizer as tokenizer_files
+from gptj_stream.data.batches import Batches
+from gptj_stream.data.packing import pack
+from gptj_stream.data.tokenizer import Tokenizer
+from gptj_stream.data.tokens import TokenDataset
+from gptj_stream.errors import UserError
+from gptj_stream.evaluate import Evaluation, checked_sequence_length, evaluate_dataset
+from gptj_stream.executor import Executor, block_activation_bytes, model_layouts
+from gptj_stream.files import read_json
+from gptj_stream.machine import free_memory, gemm_flops, peak_memory, resolve_device, resolve_dtype
+from gptj_stream.metrics import MetricsLog
+from gptj_stream.model import initialize
+from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learning_rate
+from gptj_stream.options import TrainOptions
+from gptj_stream.prepare import open_data
+from gptj_stream.report import Report, gib
+from gptj_stream.run_folder import RunFolder
+from gptj_stream.store import ResidentStore, Store
+
+STATE_BYTES = 16
+"""Bytes a parameter that the resident store keeps for training: weight, gradient and two moments in fp32."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        output: the run folder, now a checkpoint in Hugging Face layout.
+        step: the last step.
+        loss: its loss.
+        evaluation: of the last weights, if there was held-out data.
+        exported_step: the step whose weights the folder holds.
+    """
+
+    output: Path
+    step: int
+    loss: float
+    evaluation: Evaluation | None
+    exported_step: int
+
+
+@dataclass
+class _Progress:
+    """Where a run stands: what its checkpoints remember beside weights, moments and the place in the data."""
+
+    step: int = 0
+    loss: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
+def train(options: TrainOptions, report: Report | None = None) -> TrainResult:
+    """Train, and leave the run folder as a checkpoint that transformers loads.
+
+    Raises:
+        UserError: bad input, or a loss that is not finite; the message says what, and how to go on.
+    """
+    job = _open_job(options, report or Report())
+    store, progress = _open_store(job)
+    return _Loop(job, store, progress).run()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything a run works with, opened and checked."""
+
+    options: TrainOptions  # with every default resolved
+    steps: int
+    config: ModelConfig
+    device: torch.device
+    source: HuggingFaceFolder | None
+    tokenizer_folder: Path
+    batches: Batches
+    held_out: TokenDataset | None
+    folder: RunFolder
+    report: Report
+
+
+def _open_job(options: TrainOptions, report: Report) -> _Job:
+    folder = RunFolder(options.output)
+    if options.resume:
+        options = folder.resumed_options(options)
+    source = HuggingFaceFolder(options.model) if options.model else None
+    tokenizer_folder = options.tokenizer or options.model
+    assert tokenizer_folder is not None, "TrainOptions asks for one of the two"
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    config = source.config if source else fresh_config(str(options.preset), tokenizer)
+    sequence_length = checked_sequence_length(options.sequence_length, config)
+    device = resolve_device(options.device)
+    _check_memory(config, device)
+    if not options.resume:
+        folder.start(overwrite=options.overwrite)
+
+    dataset = open_data(options.data, tokenizer, folder.tokens / "train", report)
+    dataset.check_ids(config.vocab_size)
+    held_out = (
+        open_data(options.eval_data, tokenizer, folder.tokens / "held-out", report) if options.eval_data else None
+    )
+    pairs = dataset.mask is not None
+    packing = pack(
+        dataset,
+        sequence_length,
+        options.packing or ("documents" if pairs else "concat"),
+        options.long_documents or ("drop" if pairs else "split"),
+    )
+    if packing.dropped_long:
+        report.note(f"{packing.dropped_long:,} documents longer than {sequence_length} tokens left out")
+    steps = options.max_steps or math.ceil((options.epochs or 1.0) * packing.rows / options.global_batch_size)
+    if options.warmup_steps >= steps:
+        raise UserError(f"warmup_steps {options.warmup_steps} must be less than the run's {steps} steps; lower it")
+    report.note(
+        f"{config.parameters:,} parameters; {packing.rows:,} sequences of up to {sequence_length} tokens, "
+        f"{packing.efficiency:.0%} full; {steps:,} steps of {options.global_batch_size}"
+    )
+    options = options.model_copy(
+        update={
+            "packing": options.packing or ("documents" if pairs else "concat"),
+            "long_documents": options.long_documents or ("drop" if pairs else "split"),
+            "sequence_length": sequence_length,
+            "max_steps": steps,
+            "epochs": None,
+            "precision": "bf16" if resolve_dtype(options.precision, device) == torch.bfloat16 else "fp32",
+            "eval_steps": (options.eval_steps or max(1, steps // 10)) if held_out else None,
+            "save_steps": options.save_steps or max(1, steps // 10),
+            "resume": False,
+            "overwrite": False,
+        }
+    )
+    folder.keep_options(options)
+    batches = Batches(dataset, packing, options.micro_batch_size, options.global_batch_size, options.seed)
+    return _Job(options, steps, config, device, source, tokenizer_folder, batches, held_out, folder, report)
+
+
+def fresh_config(preset: str, tokenizer: Tokenizer) -> ModelConfig:
+    """A preset's shape with this tokenizer's vocabulary, or a `config.json` as it is.
+
+    GPT-J's 50400 rows stay for a tokenizer of GPT-2's size. Another gets rows rounded up to a multiple of 64.
+    """
+    if preset.endswith(".json"):
+        return ModelConfig.from_huggingface(read_json(Path(preset)), preset)
+    config = PRESETS[preset]
+    eos = tokenizer.eos_token_id
+    if not 50257 <= tokenizer.vocab_size <= config.vocab_size:
+        config = config.model_copy(update={"vocab_size": -(-tokenizer.vocab_size // 64) * 64})
+    return config.model_copy(update={"bos_token_id": eos, "eos_token_id": eos})
+
+
+def _check_memory(config: ModelConfig, device: torch.device) -> None:
+    needed, free = STATE_BYTES * config.parameters, free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"training {config.parameters:,} parameters keeps {STATE_BYTES} bytes for each, {gib(needed)} in all; "
+            f"{gib(free)} are free on {device}; use a smaller model or a larger machine"
+        )
+
+
+def _open_store(job: _Job) -> tuple[Store, _Progress]:
+    """The model's weights and moments: resumed, from the checkpoint, or fresh."""
+    options = job.options
+    optimizer = AdamW(
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+        decay_vectors=options.decay_vectors,
+    )
+    dtype = resolve_dtype(options.precision, job.device)
+    store = ResidentStore(model_layouts(job.config), device=job.device, dtype=dtype, optimizer=optimizer)
+    saved = checkpoints(job.folder.checkpoints) if options.resume else []
+    if saved:
+        state = load_checkpoint(saved[-1], store)
+        job.batches.load_state_dict(state["data"])
+        progress = _Progress(**state["progress"])
+        job.report.note(f"resumed at step {progress.step:,}")
+        return store, progress
+    if job.source:
+        job.source.load(store)
+    else:
+        _fill_fresh(store, job.config, options.seed)
+    return store, _Progress()
+
+
+def _fill_fresh(store: Store, config: ModelConfig, seed: int) -> None:
+    for layer, layout in enumerate(store.layouts):
+        flat = torch.empty(layout.numel)
+        for index, (slot, view) in enumerate(layout.views(flat)):
+            # a generator for each parameter: its values do not depend on what is filled before it
+            initialize(slot.name, view, config, torch.Generator().manual_seed(hash((seed, layer, index))))
+        store.write(layer, {"weight": flat})
+
+
+class _Loop:
+    def __init__(self, job: _Job, store: Store, progress: _Progress) -> None:
+        self.job, self.store, self.progress = job, store, progress
+        self.options = job.options
+        dropout = self.options.dropout
+        config = job.config if dropout is None else job.config.with_dropout(dropout)
+        self.executor = Executor(config, store, kept_layers=self._kept_layers(), seed=self.options.seed)
+        self.evaluation: Evaluation | None = None
+
+    def run(self) -> TrainResult:
+        job, progress = self.job, self.progress
+        ceiling = gemm_flops(job.device, self.store.dtype, job.config.n_embd)
+        log = MetricsLog(job.folder.metrics, job.folder.tensorboard, after_step=progress.step)
+        with log, job.report.bar("train", job.steps, steps=True, every=self.options.logging_steps) as advance:
+            for step in range(progress.step + 1, job.steps + 1):
+                started = time.perf_counter()
+                metrics, flops = self._step(step)
+                seconds = time.perf_counter() - started
+                metrics |= {
+                    "tokens_per_second": metrics["tokens"] / seconds,
+                    "seconds": seconds,
+                    "gemm_share": flops / seconds / ceiling,
+                    "peak_memory": peak_memory(job.device),
+                    "epoch": job.batches.epoch,
+                }
+                log.write(step, metrics)
+                advance(step, _line(metrics))
+                last = step == job.steps
+                if self.options.eval_steps and (last or step % self.options.eval_steps == 0):
+                    log.write(step, self._evaluate(step))
+                if last or step % (self.options.save_steps or job.steps) == 0:
+                    self._save()
+        return TrainResult(
+            self.options.output, progress.step, progress.loss, self.evaluation, exported_step=self._export()
+        )
+
+    def _step(self, step: int) -> tuple[dict[str, float], float]:
+        """One optimizer step; returns its metrics and its useful FLOPs."""
+        options = self.options
+        position = self.job.batches.state_dict()
+        started = time.perf_counter()
+        batches = self.job.batches.next_step()
+        data_seconds = time.perf_counter() - started
+        losses = self.executor.gradients(batches, step)
+        norm = self.store.gradient_norm()
+        if not math.isfinite(sum(losses) + norm):
+            raise self._not_finite(step, losses, position)
+        learning_rate = scheduled_learning_rate(
+            step,
+            peak=options.learning_rate,
+            minimum=options.min_learning_rate,
+            warmup_steps=options.warmup_steps,
+            total_steps=self.job.steps,
+            schedule=options.lr_scheduler_type,
+        )
+        self.store.apply(Update(step, learning_rate, clip_coefficient(norm, options.max_grad_norm)))
+        targets = sum(batch.target_count for batch in batches)
+        self.progress.step, self.progress.loss = step, sum(losses) / targets
+        metrics = {
+            "loss": self.progress.loss,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "tokens": sum(len(batch.input_ids) for batch in batches),
+            "target_tokens": targets,
+            "data_seconds": data_seconds,
+        }
+        return metrics, sum(
+            self.job.config.training_flops(len(batch.input_ids), batch.target_count, batch.mean_context)
+            for batch in batches
+        )
+
+    def _not_finite(self, step: int, losses: Sequence[float], position: dict[str, int]) -> UserError:
+        """The weights are still those of the step before: keep them, and say what happened."""
+        self.job.batches.load_state_dict(position)
+        self._save()
+        bad = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+        what = f"the loss of micro-batch {bad} of {len(losses)}" if bad else "the gradient norm"
+        return UserError(
+            f"step {step}: {what} is not finite (sequences from {position['consumed_rows']} on in the data's order); "
+            f"the state after step {step - 1} is saved: lower --learning-rate and --resume"
+        )
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        held_out = self.job.held_out
+        assert held_out is not None, "eval_steps is set with held-out data only"
+        length = self.options.sequence_length or self.job.config.n_positions
+        self.evaluation = evaluate_dataset(self.executor, held_out, length, self.options.micro_batch_size, Report())
+        loss = self.evaluation.loss
+        self.job.report.note(
+            f"step {step}: held-out loss {loss:.4f}, perplexity {self.evaluation.perplexity:.2f}, "
+            f"{self.evaluation.bits_per_byte:.4f} bits per byte"
+        )
+        if loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step = loss, step
+            if self.options.export == "best":
+                self._write(self.job.folder.best)
+        return {
+            "eval_loss": loss,
+            "eval_perplexity": self.evaluation.perplexity,
+            "eval_bits_per_byte": self.evaluation.bits_per_byte,
+        }
+
+    def _save(self) -> None:
+        state = {"data": self.job.batches.state_dict(), "progress": asdict(self.progress)}
+        save_checkpoint(
+            self.job.folder.checkpoints, self.progress.step, self.store, state, self.options.save_total_limit
+        )
+
+    def _export(self) -> int:
+        """Publish the weights in the run folder; returns the step they are of."""
+        folder, best = self.job.folder, self.options.export == "best" and self.progress.best_step
+        if not best:
+            self._write(folder.last)
+        folder.publish(folder.best if best else folder.last)
+        return self.progress.best_step if best else self.progress.step
+
+    def _write(self, folder: Path) -> None:
+        source = self.job.source
+        dtype = {
+            "auto": source.dtype if source else torch.float32,
+            "float32": torch.float32,
+            "float16": torch.float16,
+            "bfloat16": torch.bfloat16,
+        }[self.options.save_dtype]
+        write_folder(
+            folder,
+            self.job.config,
+            self.store,
+            dtype=dtype,
+            carried_files=tokenizer_files.files(self.job.tokenizer_folder),
+            source=source.folder if source else None,
+        )
+
+    def _kept_layers(self) -> int:
+        blocks, asked = self.job.config.n_layer, self.options.kept_layers
+        if asked is not None:
+            return min(asked, blocks)
+        options = self.options
+        tokens = options.global_batch_size * (options.sequence_length or self.job.config.n_positions)
+        free = free_memory(self.job.device) - STATE_BYTES * self.job.config.parameters
+        return max(0, min(blocks, int(0.5 * free / block_activation_bytes(self.job.config, tokens, self.store.dtype))))
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return "  ".join(
+        (
+            f"loss {metrics['loss']:.4f}",
+            f"lr {metrics['learning_rate']:.2e}",
+            f"norm {metrics['grad_norm']:.2f}",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"{metrics['gemm_share']:.0%} of GEMM",
+            gib(metrics["peak_memory"]),
+        )
+    )
