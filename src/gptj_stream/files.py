@@ -63,6 +63,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling to fill; becomes `path`, replacing what is there, when the block ends without an error."""
+    path = path.resolve()  # through links, and `.` has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -37,9 +37,11 @@ def rotate(x_NHK: Tensor, table: Tensor) -> Tensor:
     """Rotate the first R dimensions of each head, as interleaved pairs (0, 1), (2, 3), ...; pass the others on."""
     cos, sin = table
     rotary_dim = 2 * cos.shape[-1]
-    even, odd = x_NHK[..., 0:rotary_dim:2], x_NHK[..., 1:rotary_dim:2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated.to(x_NHK.dtype), x_NHK[..., rotary_dim:]), dim=-1)
+    # split and unbind rather than slices: the backward of each slice fills a whole x_NHK with zeros
+    turned_NHR, passed = x_NHK.split((rotary_dim, x_NHK.shape[-1] - rotary_dim), dim=-1)
+    even, odd = turned_NHR.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated_NHR = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated_NHR.to(x_NHK.dtype), passed), dim=-1)
 
 
 class DocumentAttention:

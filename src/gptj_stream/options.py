@@ -19,7 +19,8 @@ from gptj_stream.errors import UserError
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
-Packing = Literal["concat", "documents", "none"]
+PackingMode = Literal["concat", "documents", "none"]
+LongDocuments = Literal["split", "drop"]
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Sources = Annotated[tuple[Path, ...], Field(min_length=1)]
 
@@ -99,13 +100,13 @@ class TrainOptions(Options):
     output: Path = Field(description="Run folder: ends in Hugging Face layout, with run/ for metrics and resume state.")
 
     sequence_length: int | None = Field(None, ge=2, description=SEQUENCE_LENGTH)
-    packing: Packing | None = Field(
+    packing: PackingMode | None = Field(
         None,
         description="`concat`: documents joined by eos and cut at the sequence length, attention runs across them; "
         "`documents`: whole documents packed into sequences, each attends to itself alone; `none`: one document a "
         "sequence. Default: `concat` for text, `documents` for prompt/completion.",
     )
-    long_documents: Literal["split", "drop"] | None = Field(
+    long_documents: LongDocuments | None = Field(
         None,
         description="A document longer than a sequence (not for `concat`) is cut into pieces or left out. "
         "Default: `split` for text, `drop` for prompt/completion.",

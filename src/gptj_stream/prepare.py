@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptj_stream.data.sources import read_documents
+from gptj_stream.data.tokenize import tokenize_files
 from gptj_stream.data.tokenizer import Tokenizer, train_tokenizer
 from gptj_stream.data.tokens import TokenDataset, is_dataset
-from gptj_stream.data.tokens import prepare as prepare_tokens
 from gptj_stream.errors import UserError
 from gptj_stream.options import PrepareOptions, TokenizerOptions
 from gptj_stream.report import Report
@@ -60,7 +60,7 @@ def _tokenize(
     data: Sequence[Path], tokenizer: Tokenizer, output: Path, report: Report, *, overwrite: bool = False
 ) -> TokenDataset:
     with report.bar(f"tokenize {output.name}", 1.0) as advance:
-        dataset = prepare_tokens(
+        dataset = tokenize_files(
             data, tokenizer, output, lambda done, total: advance(done / max(1, total), ""), overwrite=overwrite
         )
     manifest = dataset.manifest

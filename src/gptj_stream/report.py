@@ -84,8 +84,8 @@ class ConsoleReport(Report):
                 return
             last, shown = now, done
             count = f"{done:.0f}/{total:.0f}" if steps else f"{done / total:.0%}"
-            left = (now - start) * (total - done) / (done - first) if done > first else float("nan")
-            self.note("  ".join(filter(None, (f"{what} {count}", text, f"{duration(left)} left"))))
+            left = f"{duration((now - start) * (total - done) / (done - first))} left" if first < done < total else ""
+            self.note("  ".join(filter(None, (f"{what} {count}", text, left))))
 
         return advance
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptj_stream.data.tokenize import tokenize_files
 from gptj_stream.data.tokenizer import Tokenizer, train_tokenizer
 from gptj_stream.data.tokens import FORMAT_VERSION, Manifest, TokenDataset
 
@@ -49,6 +50,13 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def prepared(small_tokenizer: Tokenizer, write_jsonl: Callable[..., Path], tmp_path: Path) -> TokenDataset:
+    """Three documents, one of them with a prompt, made from `data.jsonl` into `tokens`."""
+    source = write_jsonl({"text": "Once upon a time."}, {"prompt": "1+1=", "completion": "2"}, {"text": "x"})
+    return tokenize_files([source], small_tokenizer, tmp_path / "tokens")
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from gptj_stream.batch import IGNORE, MicroBatch
 from gptj_stream.data.batches import Batches, evaluation_batches
-from gptj_stream.data.packing import PackingMode, pack
+from gptj_stream.data.packing import pack
+from gptj_stream.data.tokenize import tokenize_files
 from gptj_stream.data.tokenizer import Tokenizer
-from gptj_stream.data.tokens import TokenDataset, prepare
+from gptj_stream.data.tokens import TokenDataset
+from gptj_stream.options import PackingMode
 
 Build = Callable[..., TokenDataset]
 
@@ -138,7 +140,7 @@ def test_an_epoch_teaches_each_text_once(
     with TemporaryDirectory() as folder:
         source = Path(folder) / "data.jsonl"
         source.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in documents))
-        dataset = prepare([source], small_tokenizer, Path(folder) / "tokens")
+        dataset = tokenize_files([source], small_tokenizer, Path(folder) / "tokens")
         packing = pack(dataset, size, mode)
         epoch = Batches(dataset, packing, micro, packing.rows, seed=0).next_step()
 

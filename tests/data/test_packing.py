@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptj_stream.data.packing import Packing, PackingMode, pack
+from gptj_stream.data.packing import Packing, pack
 from gptj_stream.data.tokens import TokenDataset
 from gptj_stream.errors import UserError
+from gptj_stream.options import PackingMode
 
 Build = Callable[..., TokenDataset]
 

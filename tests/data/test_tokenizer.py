@@ -43,8 +43,8 @@ def test_published_ids(gpt2_folder: Path) -> None:
     assert tokenizer.encode("Hello world") == [15496, 995]
 
 
-def test_a_control_token_in_text_is_text(tokenizer: Tokenizer) -> None:
-    text = f"a{END_OF_TEXT}b"
+@pytest.mark.parametrize("text", [f"a{END_OF_TEXT}b", f"{END_OF_TEXT}b", f" {END_OF_TEXT}", END_OF_TEXT * 2])
+def test_a_control_token_in_text_is_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.encode_batch([text]) == [ids]
@@ -121,7 +121,7 @@ def test_missing_and_damaged_files(trained_folder: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list, not an object"):
+    with pytest.raises(UserError, match="expected a JSON object, found a list"):
         Tokenizer.load(tmp_path)
 
 

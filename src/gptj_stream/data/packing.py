@@ -8,16 +8,14 @@ A *row* is one training sequence: segments of at most `sequence_length` tokens t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptj_stream.data.tokens import TokenDataset
 from gptj_stream.errors import UserError
-
-PackingMode = Literal["documents", "concat", "none"]
-LongDocuments = Literal["split", "drop"]
+from gptj_stream.options import LongDocuments, PackingMode
 
 Indices = npt.NDArray[np.int64]
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from gptj_stream.errors import UserError
+from gptj_stream.files import read_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -61,7 +60,8 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             elif vocab.is_file() and merges.is_file():
                 backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-                _add_tokens(backend, folder / "added_tokens.json")
+                if (folder / "added_tokens.json").is_file():
+                    _add_tokens(backend, folder / "added_tokens.json")
             else:
                 raise UserError(f"{folder}: no tokenizer; it needs tokenizer.json, or vocab.json and merges.txt")
         except UserError:
@@ -159,8 +159,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, output: Path) -> Toke
         "clean_up_tokenization_spaces": False,  # decode gives back the text that was encoded
     }
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    _write(output / "tokenizer.json", backend.to_str(pretty=True))
+    write_text(output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(output / "tokenizer.json", backend.to_str(pretty=True))
     return tokenizer
 
 
@@ -173,7 +173,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 def _add_tokens(backend: tokenizers.Tokenizer, path: Path) -> None:
     """Add an `added_tokens.json`'s {text: id}; the library numbers tokens itself, so the ids are checked."""
-    for token, token_id in sorted(_read_json(path).items(), key=lambda item: item[1]):
+    for token, token_id in sorted(read_json(path).items(), key=lambda item: item[1]):
         backend.add_tokens([AddedToken(token, normalized=False)])
         given = backend.token_to_id(token)
         if given != token_id:
@@ -184,31 +184,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, path: Path) -> None:
 
 def _eos_token(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        eos_token = _read_json(folder / name).get("eos_token")
+        path = folder / name
+        eos_token = read_json(path).get("eos_token") if path.is_file() else None
         if isinstance(eos_token, dict):  # a serialized AddedToken
             eos_token = eos_token.get("content")
         if isinstance(eos_token, str):
             return eos_token
     return END_OF_TEXT
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not an object; fetch it again")
-    return values
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
