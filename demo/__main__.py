@@ -53,11 +53,7 @@ def main() -> None:
 
     console.rule("4. Before and after, on held-out modules")
     results = {
-        (model, part): json.loads(
-            gptj(f"evaluate --model {model} --data {DATA}/{part}-held-out.jsonl --json", keep=True)
-        )
-        for model in (BASE, FINETUNED)
-        for part in ("modules", "docstrings")
+        (model, part): evaluate(model, part) for model in (BASE, FINETUNED) for part in ("modules", "docstrings")
     }
     console.print(evaluation_table(results))
 
@@ -85,11 +81,14 @@ def gptj(arguments: str, *, keep: bool = False) -> str:
     return run.stdout or ""
 
 
+def evaluate(model: Path, part: str) -> dict[str, Any]:
+    output = gptj(f"evaluate --model {model} --data {DATA}/{part}-held-out.jsonl --json", keep=True)
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
 def show_record(path: Path) -> None:
-    with path.open(encoding="utf-8") as file:
-        record = min(
-            (json.loads(line) for line, _ in zip(file, range(50), strict=False)), key=lambda r: len(r["prompt"])
-        )
+    record = min(records(path)[:50], key=lambda record: len(record["prompt"]))
     console.print(f"A record: {json.dumps(record)}", style="dim", soft_wrap=True)
 
 
