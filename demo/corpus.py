@@ -36,13 +36,15 @@ def is_held_out(module: str) -> bool:
 
 
 def modules_of_the_library() -> Iterator[tuple[str, str]]:
-    """Every module's name and source text."""
+    """Every module's name and source text; of modules with the same text, the first."""
     root = Path(sysconfig.get_path("stdlib"))
+    seen = set()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if LEFT_OUT.isdisjoint(parts):
             text = path.read_text(encoding="utf-8", errors="ignore")
-            if text.strip():
+            if text.strip() and text not in seen:  # no text may stand on both sides of the split
+                seen.add(text)
                 yield ".".join(parts), text
 
 

@@ -46,6 +46,3 @@ class MicroBatch:
     def mean_context(self) -> float:
         """Mean number of positions that a token attends to."""
         return sum(n * (n + 1) / 2 for n in self.lengths) / sum(self.lengths)
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.input_ids.to(device), self.targets.to(device), self.lengths)

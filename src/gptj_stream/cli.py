@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -121,13 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
-        message = " ".join(str(error).split())
-        return _fail(f"internal error: {type(error).__name__}: {message} (--traceback shows where)", 1)
+        kind = "" if isinstance(error, OSError) else f"internal error: {type(error).__name__}: "  # OSError: a full disk
+        return _fail(f"{kind}{error} (--traceback shows where)", 1)
     return 0
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"gptj: {message}", file=sys.stderr)
+    print(f"gptj: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -146,7 +147,7 @@ def _run(arguments: list[str]) -> None:
     as_json = values.pop("json", False)
     config = values.pop("config", None)
     values = (read_yaml(Path(config)) if config else {}) | values
-    if command.options is TrainOptions and values.get("resume") and "output" in values:
+    if command.options is TrainOptions and values.get("resume") is True and "output" in values:
         values = RunFolder(Path(values["output"])).merged(values)
     options = command.options.parse(values)
     if command.json:
@@ -189,6 +190,7 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is a number, not an option; so since Python 3.14
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it.")
     if command.json:
         parser.add_argument("--json", action="store_true", help="Print results as JSON.")

@@ -71,8 +71,7 @@ def evaluate_dataset(
     rows = 0
     with report.bar("evaluate", packing.rows) as advance:
         for batch in evaluation_batches(dataset, packing, micro_batch_size):
-            (losses,) = executor.token_losses([batch])
-            total += losses.sum(dtype=torch.float64).item()
+            total += executor.token_losses(batch).sum(dtype=torch.float64).item()
             targets += batch.target_count
             rows += micro_batch_size
             advance(min(rows, packing.rows), f"loss {total / targets:.4f}")

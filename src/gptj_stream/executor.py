@@ -36,19 +36,20 @@ def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype)
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A micro-batch on the device, with what is the same for it in every layer."""
+class _Pass:
+    """What stays the same for a micro-batch from layer to layer."""
 
-    batch: MicroBatch
+    input_ids: Tensor
+    targets: Tensor | None
     table: Tensor
-    attend: Attention
+    attention: Callable[[int], Attention]
 
 
 @dataclass(frozen=True)
 class _Graph:
     """One layer's recorded forward for one micro-batch: the leaves to differentiate by, and the output."""
 
-    x: Tensor | None
+    x: Tensor
     parameters: list[Tensor]
     out: Tensor
 
@@ -85,58 +86,42 @@ class Executor:
             Each micro-batch's loss, summed over its target tokens, in nats.
         """
         self._set_training(True)
-        targets = sum(batch.target_count for batch in batches)
-        items = [self._item(batch, self.config.attn_pdrop) for batch in batches]
-        inputs: list[list[Tensor | None]] = [[None] * len(items)]  # inputs[layer][i] of micro-batch i; embed has none
+        passes = [self._pass(batch, self.config.attn_pdrop) for batch in batches]
+        inputs: list[list[Tensor]] = [[each.input_ids for each in passes]]  # inputs[layer][i]: of micro-batch i
         kept: dict[tuple[int, int], _Graph] = {}
-
         for layer, flat in self.store.stream(range(self._head)):
-            outputs: list[Tensor | None] = []
-            for i, item in enumerate(items):
+            outputs = []
+            for i, (each, x) in enumerate(zip(passes, inputs[layer], strict=True)):
                 with self._dropout_masks(step, layer, i):
-                    if self._first_kept <= layer:
-                        graph = kept[layer, i] = self._record(layer, flat, inputs[layer][i], item)
-                        outputs.append(graph.out.detach())
+                    if layer >= self._first_kept:
+                        kept[layer, i] = self._record(layer, flat, x, each)
+                        outputs.append(kept[layer, i].out.detach())
                     else:
                         with torch.no_grad():
-                            outputs.append(self._run(layer, self._weights(layer, flat), inputs[layer][i], item))
+                            outputs.append(self._run(layer, self._weights(layer, flat), x, each))
             inputs.append(outputs)
 
         losses: list[Tensor] = []
-        grad_outputs = [torch.full((), 1 / targets, device=self.store.device)] * len(items)
+        targets = sum(batch.target_count for batch in batches)
+        assert targets, "a step without a target has no mean loss"
+        grad_outputs = [torch.full((), 1 / targets, device=self.store.device)] * len(passes)
         for layer, flat in self.store.stream(range(self._head, -1, -1)):
             gradient = self.store.gradient(layer)
-            layer_inputs = inputs.pop()
-            for i, item in enumerate(items):
-                graph_or_none = kept.pop((layer, i), None)
-                if graph_or_none is None:
+            for i, (each, x) in enumerate(zip(passes, inputs.pop(), strict=True)):
+                graph = kept.pop((layer, i), None)
+                if graph is None:
                     with self._dropout_masks(step, layer, i):
-                        graph_or_none = self._record(layer, flat, layer_inputs[i], item)
-                graph, layer_inputs[i] = graph_or_none, None
+                        graph = self._record(layer, flat, x, each)
                 if layer == self._head:
                     losses.append(graph.out.detach().sum(dtype=torch.float64))
-                leaves = graph.parameters if graph.x is None else [graph.x, *graph.parameters]
-                grads = list(torch.autograd.grad(graph.out, leaves, grad_outputs[i].expand_as(graph.out)))
-                if graph.x is not None:
-                    grad_outputs[i] = grads.pop(0)
-                for (_, view), grad in zip(self.store.layouts[layer].views(gradient), grads, strict=True):
-                    if i == 0:
-                        view.copy_(grad)
-                    else:
-                        view.add_(grad)
+                grad_outputs[i] = self._differentiate(layer, graph, grad_outputs[i], gradient, add=i > 0)
             self.store.put_gradient(layer, gradient)
         return [loss.item() for loss in losses]
 
     @torch.no_grad()
-    def token_losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Negative log-likelihood of every target in nats, (N,) fp32 a micro-batch, 0 where there is no target."""
-        self._set_training(False)
-        items = [self._item(batch, 0.0) for batch in batches]
-        xs: list[Tensor | None] = [None] * len(items)
-        for layer, flat in self.store.stream(range(self._head + 1)):
-            weights = self._weights(layer, flat)
-            xs = [self._run(layer, weights, x, item) for x, item in zip(xs, items, strict=True)]
-        return [x for x in xs if x is not None]
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Negative log-likelihood of every target in nats, (N,) fp32, 0 where there is no target."""
+        return self._forward(self._pass(batch, dropout=0.0))
 
     @torch.no_grad()
     def logits(
@@ -153,39 +138,54 @@ class Executor:
         Returns:
             (M, vocab_size), in the store's dtype.
         """
+        device = self.store.device
+        table = rotary_table(positions.to(device), self.config.rotary_dim)
+        return self._forward(_Pass(input_ids.to(device), None, table, attention), rows)
+
+    def _forward(self, each: _Pass, rows: Tensor | None = None) -> Tensor:
         self._set_training(False)
-        table = rotary_table(positions.to(self.store.device), self.config.rotary_dim)
-        x = input_ids.to(self.store.device)
+        x = each.input_ids
         for layer, flat in self.store.stream(range(self._head + 1)):
-            arguments: tuple[Tensor | Attention, ...] = (x,)
-            if 0 < layer < self._head:
-                arguments = (x, table, attention(layer - 1))
-            elif layer == self._head and rows is not None:
-                arguments = (x[rows],)
-            x = functional_call(self._modules[layer], self._weights(layer, flat), arguments, strict=True)
+            if layer == self._head and rows is not None:
+                x = x[rows.to(x.device)]
+            x = self._run(layer, self._weights(layer, flat), x, each)
         return x
 
-    def _item(self, batch: MicroBatch, dropout: float) -> _Item:
-        table = rotary_table(batch.positions.to(self.store.device), self.config.rotary_dim)
-        return _Item(batch.to(self.store.device), table, DocumentAttention(batch.lengths, dropout))
+    def _pass(self, batch: MicroBatch, dropout: float) -> _Pass:
+        device, attend = self.store.device, DocumentAttention(batch.lengths, dropout)
+        table = rotary_table(batch.positions.to(device), self.config.rotary_dim)
+        return _Pass(batch.input_ids.to(device), batch.targets.to(device), table, lambda _: attend)
 
     def _weights(self, layer: int, flat: Tensor) -> dict[str, Tensor]:
         return {slot.local: view for slot, view in self.store.layouts[layer].views(flat)}
 
-    def _run(self, layer: int, weights: dict[str, Tensor], x: Tensor | None, item: _Item) -> Tensor:
-        arguments: tuple[object, ...] = (x, item.table, item.attend)
+    def _run(self, layer: int, weights: dict[str, Tensor], x: Tensor, each: _Pass) -> Tensor:
+        arguments: tuple[object, ...]
         if layer == 0:
-            arguments = (item.batch.input_ids,)
+            arguments = (x,)
         elif layer == self._head:
-            arguments = (x, item.batch.targets)
+            arguments = (x, each.targets)
+        else:
+            arguments = (x, each.table, each.attention(layer - 1))
         # strict: without it a missing name silently computes with the template's own, empty weights
         out: Tensor = functional_call(self._modules[layer], weights, arguments, strict=True)
         return out
 
-    def _record(self, layer: int, flat: Tensor, x: Tensor | None, item: _Item) -> _Graph:
+    def _record(self, layer: int, flat: Tensor, x: Tensor, each: _Pass) -> _Graph:
         weights = {name: view.detach().requires_grad_() for name, view in self._weights(layer, flat).items()}
-        x = x if x is None else x.detach().requires_grad_()
-        return _Graph(x, list(weights.values()), self._run(layer, weights, x, item))
+        x = x.detach().requires_grad_(x.is_floating_point())  # the first layer's input is token ids
+        return _Graph(x, list(weights.values()), self._run(layer, weights, x, each))
+
+    def _differentiate(self, layer: int, graph: _Graph, grad_output: Tensor, gradient: Tensor, *, add: bool) -> Tensor:
+        """Write (or add) the parameters' gradients to the layer's flat one; return the gradient by the input."""
+        leaves = [*graph.parameters, graph.x] if graph.x.requires_grad else graph.parameters
+        grads = torch.autograd.grad(graph.out, leaves, grad_output.expand_as(graph.out))
+        for (_, view), grad in zip(self.store.layouts[layer].views(gradient), grads, strict=False):
+            if add:
+                view.add_(grad)
+            else:
+                view.copy_(grad)
+        return grads[-1]
 
     def _set_training(self, training: bool) -> None:
         for module in self._modules:
@@ -193,10 +193,15 @@ class Executor:
 
     @contextmanager
     def _seeded(self, step: int, layer: int, index: int) -> Iterator[None]:
-        devices = [self.store.device] if self.store.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(hash((self._seed, step, layer, index)))  # of integers: the same in every process
-            yield
+        key = hash((self._seed, step, layer, index))  # of integers: the same in every process
+        if self.store.device.type == "cuda":
+            with torch.random.fork_rng([self.store.device]), torch.cuda.device(self.store.device):
+                torch.cuda.manual_seed(key)
+                yield
+        else:
+            with torch.random.fork_rng([]):
+                torch.default_generator.manual_seed(key)
+                yield
 
     def _dropout_masks(self, step: int, layer: int, index: int) -> AbstractContextManager[None]:
         """Masks that depend on these numbers alone, so that a second forward, or a resumed run, draws the same."""

@@ -82,7 +82,8 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 
 def _read_prompt_file(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also cuts at the Unicode line separators that JSON strings may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not any(line.strip() for line in lines):

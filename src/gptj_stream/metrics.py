@@ -20,7 +20,7 @@ class MetricsLog:
             rows = [line for line in jsonl.read_text(encoding="utf-8").splitlines() if _step(line) <= after_step]
             write_text(jsonl, "".join(row + "\n" for row in rows))
         self._file = jsonl.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(tensorboard), purge_step=after_step + 1 if after_step else None)
+        self._events = SummaryWriter(str(tensorboard), purge_step=after_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

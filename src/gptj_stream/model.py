@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gptj_stream.config import ModelConfig
 from gptj_stream.loss import linear_cross_entropy
+from gptj_stream.token_sums import Embedding, LayerNorm
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_NHK, k_NHK, v_NHK) -> weighted values (N, H, K). Training attends within documents, decoding to a cache."""
@@ -97,7 +98,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = SelfAttention(config)
         self.mlp = FeedForward(config)
 
@@ -109,7 +110,7 @@ class Block(nn.Module):
 class Embed(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
+        self.transformer = nn.ModuleDict({"wte": Embedding(config.vocab_size, config.n_embd)})
         self.drop = nn.Dropout(config.embd_pdrop)
 
     def forward(self, input_ids_N: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.transformer = nn.ModuleDict({"ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)})
+        self.transformer = nn.ModuleDict({"ln_f": LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, x_ND: Tensor, targets_N: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gptj_stream.config import PRESETS, first_validation_error
 from gptj_stream.errors import UserError
@@ -22,7 +22,15 @@ Schedule = Literal["cosine", "linear", "constant"]
 PackingMode = Literal["concat", "documents", "none"]
 LongDocuments = Literal["split", "drop"]
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
-Sources = Annotated[tuple[Path, ...], Field(min_length=1)]
+
+
+def _tuple_of_one(value: object) -> object:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+# in a file, one value needs no brackets
+Sources = Annotated[tuple[Path, ...], BeforeValidator(_tuple_of_one), Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 
 DEVICE = "Where to compute: a CUDA device if there is one, else the CPU."
 PRECISION = "Arithmetic of the model; `auto` is bf16 where the device multiplies it natively, else fp32."
@@ -212,13 +220,13 @@ class GenerateOptions(Options):
     """Continue prompts."""
 
     model: Path = Field(description="Checkpoint folder in Hugging Face layout, or a run folder.")
-    prompt: tuple[str, ...] = Field((), description="One or more prompts.")
+    prompt: Texts = Field((), description="One or more prompts.")
     prompt_file: Path | None = Field(None, description="JSONL file with a `prompt` (or `text`) a line.")
     max_new_tokens: int = Field(64, ge=1, description="At most so many tokens a prompt.")
     temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token each time (greedy).")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is no limit.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this share.")
-    stop: tuple[str, ...] = Field((), description="End a continuation before any of these strings.")
+    stop: Texts = Field((), description="End a continuation before any of these strings.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of sampling; each prompt draws its own numbers.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)

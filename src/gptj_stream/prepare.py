@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptj_stream.data.sources import read_documents
+from gptj_stream.data.sources import read_documents, source_files
 from gptj_stream.data.tokenize import tokenize_files
 from gptj_stream.data.tokenizer import Tokenizer, train_tokenizer
 from gptj_stream.data.tokens import TokenDataset, is_dataset
@@ -40,13 +40,25 @@ def open_data(data: Sequence[Path], tokenizer: Tokenizer, cache: Path, report: R
     return dataset
 
 
+def check_sources(data: Sequence[Path]) -> None:
+    """See whether `open_data` will find its files, without reading them.
+
+    Raises:
+        UserError: a path that is missing, of an unsupported kind or empty.
+    """
+    if not any(is_dataset(path) for path in data):
+        source_files(data)
+
+
 def train_bpe(options: TokenizerOptions, report: Report | None = None) -> Tokenizer:
     """Train a byte-level BPE tokenizer on the data's text.
 
     Raises:
         UserError: a bad source, no text, or an output folder that is in use.
     """
-    if options.output.exists() and any(options.output.iterdir()):
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"{options.output} is a file; --output names a folder")
+    if options.output.is_dir() and any(options.output.iterdir()):
         raise UserError(f"{options.output}: holds files already; use another --output")
     report = report or Report()
     texts = ("".join(text for text, _ in document.pieces) for document in read_documents(options.data))

@@ -11,9 +11,11 @@ from torch import Tensor
 from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
 from gptj_stream.config import ModelConfig
 from gptj_stream.data.tokenizer import Tokenizer
+from gptj_stream.errors import UserError
 from gptj_stream.executor import Executor, model_layouts
-from gptj_stream.machine import resolve_device, resolve_dtype
+from gptj_stream.machine import free_memory, resolve_device, resolve_dtype
 from gptj_stream.model import DocumentAttention
+from gptj_stream.report import gib
 from gptj_stream.store import ResidentStore
 
 
@@ -44,11 +46,26 @@ def load(model: Path | str, *, precision: str = "auto", device: str = "auto") ->
         device: `cpu`, `cuda`, `cuda:1`, or `auto`.
 
     Raises:
-        UserError: the folder does not hold a whole GPT-J with its tokenizer.
+        UserError: the folder does not hold a whole GPT-J with its tokenizer, or the model does not fit in memory.
     """
     folder = HuggingFaceFolder(Path(model))
     tokenizer = Tokenizer.load(Path(model))
     resolved = resolve_device(device)
-    store = ResidentStore(model_layouts(folder.config), device=resolved, dtype=resolve_dtype(precision, resolved))
+    dtype, parameters = resolve_dtype(precision, resolved), folder.config.parameters
+    check_memory(f"{parameters:,} parameters are {dtype.itemsize} bytes each", parameters * dtype.itemsize, resolved)
+    store = ResidentStore(model_layouts(folder.config), device=resolved, dtype=dtype)
     folder.load(store)
     return Pretrained(folder.config, tokenizer, Executor(folder.config, store))
+
+
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Refuse a model before it is allocated.
+
+    Raises:
+        UserError: it needs more memory than the device has free.
+    """
+    free = free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"{what}, {gib(needed)} in all; {gib(free)} are free on {device}; use a smaller model or a larger machine"
+        )

@@ -48,7 +48,7 @@ class ConsoleReport(Report):
         self._console = console or Console(stderr=True, highlight=False)
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: float, *, steps: bool = False, every: int = 0) -> Iterator[Advance]:
@@ -57,10 +57,10 @@ class ConsoleReport(Report):
             return
         count: ProgressColumn = MofNCompleteColumn() if steps else TaskProgressColumn()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             count,
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -75,10 +75,10 @@ class ConsoleReport(Report):
         shown = 0.0
 
         def advance(done: float, text: str) -> None:
-            nonlocal last, first, shown
+            nonlocal start, last, first, shown
             now = time.monotonic()
             if first is None:
-                first = done  # a resumed job starts in the middle: its speed counts from there
+                first, start = done, now  # a resumed job starts in the middle: its speed counts from there
             due = done - shown >= every if every else now - last >= 10
             if done < total and not due:
                 return

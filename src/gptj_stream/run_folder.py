@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gptj_stream.options import TrainOptions, read_yaml
 # What a resumed run may change without becoming another run.
 _FREE_TO_CHANGE = {
     "max_steps", "epochs", "micro_batch_size", "kept_layers", "device", "learning_rate", "min_learning_rate",
-    "eval_data", "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export", "save_dtype",
+    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export", "save_dtype",
     "resume", "overwrite", "output",
 }  # fmt: skip
 
@@ -40,21 +40,37 @@ class RunFolder:
         self.last = self.internal / "last"
         self.tokens = self.internal / "tokens"
 
-    def start(self, *, overwrite: bool) -> None:
+    def start(self, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
         """Make the folder ready for a new run.
 
+        Args:
+            inputs: files and folders that the run will read.
+
         Raises:
-            UserError: it holds a run or other files, and `overwrite` is not given or not safe.
+            UserError: it holds other files, or a run and `overwrite` is not given or would delete an input, or it
+                cannot be made.
         """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; --output names a folder")
-        if self.config.is_file():
-            if not overwrite:
-                raise UserError(f"{self.root} already holds a run; add --resume to go on or --overwrite to delete it")
-            shutil.rmtree(self.root)
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        if self.config.is_file() and not overwrite:
+            raise UserError(f"{self.root} already holds a run; add --resume to go on or --overwrite to delete it")
+        if not self.config.is_file() and not self._holds_tokens_at_most():
             raise UserError(f"{self.root} holds files that are not a run's; use another --output")
-        self.internal.mkdir(parents=True, exist_ok=True)
+        if overwrite and self.root.is_dir():
+            if inside := [path for path in inputs if path.resolve().is_relative_to(self.root.resolve())]:
+                raise UserError(f"--overwrite would delete {inside[0]}, which the run reads; use another --output")
+            shutil.rmtree(self.root)
+        try:
+            self.internal.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be made ({error.strerror}); use another --output") from None
+
+    def _holds_tokens_at_most(self) -> bool:
+        """Nothing, or what a run leaves that ended before it kept its options. The next one uses the tokens."""
+        if not self.root.is_dir():
+            return True
+        inside = [*self.root.iterdir(), *(self.internal.iterdir() if self.internal.is_dir() else ())]
+        return {self.internal, self.tokens}.issuperset(inside)
 
     def saved_options(self) -> TrainOptions:
         """The options that the run was started with.
@@ -84,7 +100,7 @@ class RunFolder:
             UserError: an option that would make it another run; the message names each with both values.
         """
         saved = self.saved_options()
-        values = {name: _absolute(getattr(given, name)) for name in given.model_fields_set}
+        values = {name: _absolute(value) for name, value in given if name in given.model_fields_set}
         differing = {
             name: value
             for name, value in values.items()
@@ -102,7 +118,12 @@ class RunFolder:
 
     def publish(self, folder: Path) -> None:
         """Show a finished checkpoint folder's files in the run's root as well, `config.json` last."""
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        files = sorted(folder.iterdir(), key=lambda path: path.name == "config.json")
+        # weights published before, in another number of files: a leftover index would be read in place of the new ones
+        for old in self.root.glob("model*.safetensors*"):
+            if old.name not in {path.name for path in files}:
+                old.unlink()
+        for path in files:
             temporary = self.root / f".{path.name}.tmp"
             temporary.unlink(missing_ok=True)
             try:
@@ -115,4 +136,6 @@ class RunFolder:
 def _absolute(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_absolute, value))
+    if isinstance(value, str) and value.endswith(".json"):  # a preset that is a file
+        return str(Path(value).resolve())
     return value.resolve() if isinstance(value, Path) else value

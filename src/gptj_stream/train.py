@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gptj_stream.checkpoint.huggingface import HuggingFaceFolder, write_folder
-from gptj_stream.checkpoint.native import checkpoints, load_checkpoint, save_checkpoint
+from gptj_stream.checkpoint.native import checkpoint_step, checkpoints, load_checkpoint, save_checkpoint
 from gptj_stream.config import PRESETS, ModelConfig
 from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.data.batches import Batches
@@ -27,7 +27,8 @@ from gptj_stream.metrics import MetricsLog
 from gptj_stream.model import initialize
 from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learning_rate
 from gptj_stream.options import TrainOptions
-from gptj_stream.prepare import open_data
+from gptj_stream.prepare import check_sources, open_data
+from gptj_stream.pretrained import check_memory
 from gptj_stream.report import Report, gib
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.store import ResidentStore, Store
@@ -103,9 +104,13 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
     config = source.config if source else fresh_config(str(options.preset), tokenizer)
     sequence_length = checked_sequence_length(options.sequence_length, config)
     device = resolve_device(options.device)
-    _check_memory(config, device)
+    state = f"training {config.parameters:,} parameters keeps {STATE_BYTES} bytes for each"
+    check_memory(state, STATE_BYTES * config.parameters, device)
     if not options.resume:
-        folder.start(overwrite=options.overwrite)
+        data = (*options.data, *(options.eval_data or ()))
+        check_sources(options.data)  # before anything is deleted
+        check_sources(options.eval_data or ())
+        folder.start(overwrite=options.overwrite, inputs=[*filter(None, (options.model, options.tokenizer)), *data])
 
     dataset = open_data(options.data, tokenizer, folder.tokens / "train", report)
     dataset.check_ids(config.vocab_size)
@@ -124,6 +129,9 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
     steps = options.max_steps or math.ceil((options.epochs or 1.0) * packing.rows / options.global_batch_size)
     if options.warmup_steps >= steps:
         raise UserError(f"warmup_steps {options.warmup_steps} must be less than the run's {steps} steps; lower it")
+    saved = checkpoints(folder.checkpoints)
+    if saved and (done := checkpoint_step(saved[-1])) > steps:
+        raise UserError(f"{folder.root} is at step {done} already, beyond the {steps} asked for; raise --max-steps")
     report.note(
         f"{config.parameters:,} parameters; {packing.rows:,} sequences of up to {sequence_length} tokens, "
         f"{packing.efficiency:.0%} full; {steps:,} steps of {options.global_batch_size}"
@@ -161,15 +169,6 @@ def fresh_config(preset: str, tokenizer: Tokenizer) -> ModelConfig:
     return config.model_copy(update={"bos_token_id": eos, "eos_token_id": eos})
 
 
-def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    needed, free = STATE_BYTES * config.parameters, free_memory(device)
-    if needed > free:
-        raise UserError(
-            f"training {config.parameters:,} parameters keeps {STATE_BYTES} bytes for each, {gib(needed)} in all; "
-            f"{gib(free)} are free on {device}; use a smaller model or a larger machine"
-        )
-
-
 def _open_store(job: _Job) -> tuple[Store, _Progress]:
     """The model's weights and moments: resumed, from the checkpoint, or fresh."""
     options = job.options
@@ -181,8 +180,7 @@ def _open_store(job: _Job) -> tuple[Store, _Progress]:
     )
     dtype = resolve_dtype(options.precision, job.device)
     store = ResidentStore(model_layouts(job.config), device=job.device, dtype=dtype, optimizer=optimizer)
-    saved = checkpoints(job.folder.checkpoints) if options.resume else []
-    if saved:
+    if saved := checkpoints(job.folder.checkpoints):  # a new run's folder has none
         state = load_checkpoint(saved[-1], store)
         job.batches.load_state_dict(state["data"])
         progress = _Progress(**state["progress"])
@@ -296,10 +294,9 @@ class _Loop:
             f"step {step}: held-out loss {loss:.4f}, perplexity {self.evaluation.perplexity:.2f}, "
             f"{self.evaluation.bits_per_byte:.4f} bits per byte"
         )
-        if loss < self.progress.best_loss:
+        if self.options.export == "best" and loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = loss, step
-            if self.options.export == "best":
-                self._write(self.job.folder.best)
+            self._write(self.job.folder.best)
         return {
             "eval_loss": loss,
             "eval_perplexity": self.evaluation.perplexity,

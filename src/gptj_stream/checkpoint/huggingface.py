@@ -84,8 +84,8 @@ class HuggingFaceFolder:
         index = self.folder / INDEX
         if index.is_file():
             names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not names:
-                raise UserError(f"{index}: it has no weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+                raise UserError(f"{index}: it has no weight_map from tensor names to file names")
             return [self.folder / name for name in sorted(set(names.values()))]
         if (self.folder / WEIGHTS).is_file():
             return [self.folder / WEIGHTS]
@@ -119,6 +119,9 @@ def write_folder(
         carried_files: the tokenizer's, to copy.
         source: checkpoint folder whose `generation_config.json` to carry over.
         max_shard_size: bytes of a weight file; a larger model is written as several, with an index.
+
+    Raises:
+        UserError: a weight beyond the range of `dtype`.
     """
     with new_folder(folder) as temporary:
         _write_weights(temporary, store, dtype, max_shard_size)
@@ -175,8 +178,11 @@ def _write_safetensors(out: BinaryIO, slots: list[Slot], dtype: torch.dtype, ten
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors:
-        out.write(tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+    for slot, tensor in zip(slots, tensors, strict=True):
+        stored = tensor.detach().to("cpu", dtype)
+        if not torch.isfinite(stored).all():
+            raise UserError(f"{slot.name} holds values that {_TAGS[dtype]} cannot; use another --save-dtype")
+        out.write(stored.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -26,7 +26,11 @@ def save_checkpoint(folder: Path, step: int, store: Store, state: dict[str, Any]
     path = folder / f"step-{step:08}"
     with new_folder(path) as temporary:
         for layer in range(len(store.layouts)):
-            save_file(store.read(layer), temporary / f"layer-{layer:03}.safetensors")
+            file = temporary / f"layer-{layer:03}.safetensors"
+            try:
+                save_file(store.read(layer), file)
+            except SafetensorError as error:  # the library's word for an OSError
+                raise OSError(f"{file}: {error}") from error
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2))
     for old in checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
@@ -36,6 +40,11 @@ def save_checkpoint(folder: Path, step: int, store: Store, state: dict[str, Any]
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step after which a checkpoint was written, from its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path, store: Store) -> dict[str, Any]:
@@ -51,6 +60,8 @@ def load_checkpoint(path: Path, store: Store) -> dict[str, Any]:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged or missing: {error}; remove {path.name} to use the one before") from None
+        if tensors.keys() != store.read(layer).keys():
+            raise UserError(f"{file}: holds {', '.join(sorted(tensors))}; expected {', '.join(store.read(layer))}")
         for name, tensor in tensors.items():
             if tensor.shape != (layout.numel,):
                 raise UserError(f"{file}: {name} has {tensor.numel()} values; the model's layer has {layout.numel}")
