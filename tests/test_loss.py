@@ -158,12 +158,12 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_the_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 200
+    rows = 640
     leaves, targets = inputs(rows=rows, ignored=0.0)
     with LargestResult() as seen:
         reference(leaves, targets, torch.float32)
     assert seen.numel == rows * V  # so the measurement sees what it is to see
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 10 * 4 * V)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 64 * 4 * V)
     with LargestResult() as seen:
         ours(leaves, targets)
-    assert seen.numel == rows * D  # the hidden states
+    assert seen.numel == max(rows * D, 64 * V) < rows * V  # the hidden states, or a chunk of the smallest size

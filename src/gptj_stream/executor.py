@@ -121,7 +121,7 @@ class Executor:
     @torch.no_grad()
     def token_losses(self, batch: MicroBatch) -> Tensor:
         """Negative log-likelihood of every target in nats, (N,) fp32, 0 where there is no target."""
-        return self._forward(self._pass(batch, dropout=0.0))
+        return self._forward(self._pass(batch, dropout=0.0))[: len(batch.targets)]
 
     @torch.no_grad()
     def logits(
@@ -152,6 +152,7 @@ class Executor:
         return x
 
     def _pass(self, batch: MicroBatch, dropout: float) -> _Pass:
+        batch = batch.padded()
         device, attend = self.store.device, DocumentAttention(batch.lengths, dropout)
         table = rotary_table(batch.positions.to(device), self.config.rotary_dim)
         return _Pass(batch.input_ids.to(device), batch.targets.to(device), table, lambda _: attend)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gptj_stream.batch import IGNORE
+from gptj_stream.batch import IGNORE, ROW_MULTIPLE
 
 CHUNK_BYTES = 1 << 26
-"""Size of a chunk's fp32 logits. 64 MiB is 332 rows of GPT-J's vocabulary: enough rows for full matrix speed."""
+"""Size of a chunk's fp32 logits. 64 MiB is 320 rows of GPT-J's vocabulary: enough rows for full matrix speed."""
 
 
 def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
@@ -24,13 +25,16 @@ def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target
     gradient for all positions (a sum or mean of the result, not a weighting of it).
     """
     kept = (targets_N != IGNORE).nonzero().squeeze(1)
-    nll: Tensor = _LinearCrossEntropy.apply(h_ND[kept], weight_VD, bias_V, targets_N[kept])  # type: ignore[no-untyped-call]
-    return nll.new_zeros(targets_N.shape).index_copy(0, kept, nll)
+    filler = -len(kept) % ROW_MULTIPLE
+    h, targets = F.pad(h_ND[kept], (0, 0, 0, filler)), F.pad(targets_N[kept], (0, filler))
+    nll: Tensor = _LinearCrossEntropy.apply(h, weight_VD, bias_V, targets, len(kept))  # type: ignore[no-untyped-call]
+    return nll.new_zeros(targets_N.shape).index_copy(0, kept, nll[: len(kept)])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor, count: int) -> Tensor:
+        """Rows from `count` on are filler: they get a result, and no gradient."""
         differentiate = any(ctx.needs_input_grad)
         nll_N = h_ND.new_empty(len(h_ND), dtype=torch.float32)
         if differentiate:
@@ -38,8 +42,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # fp32, since bf16 would round the sum once a chunk
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
             grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
-        rows = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
-        for chunk in (slice(i, i + rows) for i in range(0, len(h_ND), rows)):
+        rows = max(1, CHUNK_BYTES // (4 * len(weight_VD) * ROW_MULTIPLE)) * ROW_MULTIPLE
+        for start in range(0, len(h_ND), rows):
+            chunk = slice(start, start + rows)
             logits_CV = torch.addmm(bias_V, h_ND[chunk], weight_VD.T).float()
             target_C1 = targets_N[chunk, None]
             log_z_C1 = logits_CV.logsumexp(-1, keepdim=True)
@@ -47,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if differentiate:
                 grad_CV = logits_CV.sub_(log_z_C1).exp_()
                 grad_CV.scatter_add_(-1, target_C1, torch.full_like(log_z_C1, -1.0))
+                grad_CV[max(0, count - start) :] = 0
                 grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(h_ND.dtype)
                 torch.mm(grad_CV, weight_VD, out=grad_h_ND[chunk])
@@ -56,10 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         # One value for all positions, by the contract above; autograd hands it on as an expanded or filled tensor.
         (grad_N,) = grads
         scale = grad_N[:1].sum()
         # in place: at GPT-J's size a second copy of the projection's gradient is 800 MB
         grad_h, grad_weight, grad_bias = (grad.mul_(scale) for grad in ctx.saved_tensors)
-        return grad_h, grad_weight, grad_bias, None
+        return grad_h, grad_weight, grad_bias, None, None

@@ -10,12 +10,12 @@ F feed-forward width; V vocabulary. `q_NHK` has shape (N, H, K).
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptj_stream.batch import ROW_MULTIPLE
 from gptj_stream.config import ModelConfig
 from gptj_stream.loss import linear_cross_entropy
 from gptj_stream.token_sums import Embedding, LayerNorm
@@ -51,17 +51,28 @@ class DocumentAttention:
     def __init__(self, lengths: tuple[int, ...], dropout: float = 0.0) -> None:
         self.lengths = lengths
         self.dropout = dropout
+        self._groups: dict[int, list[int]] = {}  # documents by their length, rounded up: a group is one kernel call
+        for document, length in enumerate(lengths):
+            self._groups.setdefault(-(-length // ROW_MULTIPLE) * ROW_MULTIPLE, []).append(document)
 
     def __call__(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
         if len(set(self.lengths)) == 1:
-            return self._batched(q_NHK, k_NHK, v_NHK, len(self.lengths))
-        ends = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        return torch.cat([self._batched(q_NHK[i:j], k_NHK[i:j], v_NHK[i:j], 1) for i, j in pairwise(ends)])
+            return self._attend(*(x.unflatten(0, (len(self.lengths), -1)) for x in (q_NHK, k_NHK, v_NHK))).flatten(0, 1)
+        documents = [x.split(self.lengths) for x in (q_NHK, k_NHK, v_NHK)]
+        out: list[Tensor] = [q_NHK] * len(self.lengths)
+        for length, group in self._groups.items():
+            # filler behind a document is seen by no token of it, and its own rows are cut off again
+            q, k, v = (
+                torch.stack([F.pad(x[i], (0, 0, 0, 0, 0, length - self.lengths[i])) for i in group]) for x in documents
+            )
+            for i, rows in zip(group, self._attend(q, k, v), strict=True):
+                out[i] = rows[: self.lengths[i]]
+        return torch.cat(out)
 
-    def _batched(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, documents: int) -> Tensor:
-        q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q_NHK, k_NHK, v_NHK))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
-        return out.transpose(1, 2).flatten(0, 1)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(documents, length, H, K) each, of one length."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
