@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python -m demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -q -n auto
 
 check: .venv/installed
 	$(BIN)/ruff check .

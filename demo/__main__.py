@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer, GPTJForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import gptj_stream
 from demo.corpus import write_corpus
@@ -82,7 +84,9 @@ def gptj(arguments: str, *, keep: bool = False) -> str:
 
 
 def evaluate(model: Path, part: str) -> dict[str, Any]:
-    output = gptj(f"evaluate --model {model} --data {DATA}/{part}-held-out.jsonl --json", keep=True)
+    output = gptj(
+        f"evaluate --model {model} --data {DATA}/{part}-held-out.jsonl --sequence-length 512 --json", keep=True
+    )
     result: dict[str, Any] = json.loads(output)
     return result
 
@@ -121,7 +125,8 @@ def write_examples(path: Path) -> None:
 def example_table(generated: list[str]) -> Table:
     table = Table("function", "generated", "true", show_lines=True)
     for record, text in zip(examples(), generated, strict=True):
-        table.add_row(record["prompt"].removesuffix("\n# Docstring:"), text.strip(), record["completion"].strip())
+        function = record["prompt"].removesuffix("\n# Docstring:")
+        table.add_row(*map(Text, (function, text.strip(), record["completion"].strip())))  # no markup in brackets
     return table
 
 
@@ -131,6 +136,7 @@ def records(path: Path) -> list[dict[str, str]]:
 
 def compare_with_transformers() -> None:
     text = examples()[0]["prompt"]
+    disable_progress_bar()
     ids = AutoTokenizer.from_pretrained(FINETUNED)(text)["input_ids"]
     ours = gptj_stream.load(FINETUNED, precision="fp32").logits(ids)
     with torch.no_grad():

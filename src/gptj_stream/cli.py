@@ -29,7 +29,8 @@ from gptj_stream.options import (
     read_yaml,
     unknown_option,
 )
-from gptj_stream.prepare import prepare, train_bpe
+from gptj_stream.prepare import described, prepare, train_bpe
+from gptj_stream.pretrained import load
 from gptj_stream.report import ConsoleReport
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.train import train
@@ -49,7 +50,7 @@ def _train(options: TrainOptions) -> None:
 
 def _prepare(options: PrepareOptions) -> None:
     dataset = prepare(options, ConsoleReport())
-    print(f"{options.output}: {dataset.manifest.tokens:,} tokens of {dataset.manifest.documents:,} documents")
+    print(described(dataset))
 
 
 def _train_bpe(options: TokenizerOptions) -> None:
@@ -80,7 +81,8 @@ def _generate(options: GenerateOptions, as_json: bool) -> None:
     texts = [""] * len(prompts)
     reasons: dict[int, str] = {}
     shown = printed = 0  # the prompt whose text is appearing, and how much of it has
-    for piece in stream(options):
+    model = load(options.model, precision=options.precision, device=options.device, report=ConsoleReport())
+    for piece in stream(options, model):
         texts[piece.index] += piece.text
         if piece.finished:
             reasons[piece.index] = piece.finished

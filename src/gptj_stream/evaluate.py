@@ -18,7 +18,7 @@ from gptj_stream.executor import Executor
 from gptj_stream.options import EvaluateOptions
 from gptj_stream.prepare import open_data
 from gptj_stream.pretrained import load
-from gptj_stream.report import Report
+from gptj_stream.report import Advance, Report
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,16 @@ def evaluate(options: EvaluateOptions, report: Report | None = None) -> Evaluati
         UserError: a folder that is not a checkpoint, bad data, or a sequence length beyond the model's positions.
     """
     report = report or Report()
-    model = load(options.model, precision=options.precision, device=options.device)
+    model = load(options.model, precision=options.precision, device=options.device, report=report)
     sequence_length = checked_sequence_length(options.sequence_length, model.config)
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_data(options.data, model.tokenizer, Path(cache) / "held-out", report)
-        return evaluate_dataset(model.executor, dataset, sequence_length, options.micro_batch_size, report)
+        with report.bar("evaluate", 1.0) as advance:
+            return evaluate_dataset(model.executor, dataset, sequence_length, options.micro_batch_size, advance)
 
 
 def evaluate_dataset(
-    executor: Executor, dataset: TokenDataset, sequence_length: int, micro_batch_size: int, report: Report
+    executor: Executor, dataset: TokenDataset, sequence_length: int, micro_batch_size: int, advance: Advance
 ) -> Evaluation:
     """Evaluate on prepared tokens. Documents longer than a sequence are cut; their later pieces see less context.
 
@@ -69,12 +70,11 @@ def evaluate_dataset(
     packing = pack(dataset, sequence_length, "documents", "split")
     total, targets = 0.0, 0
     rows = 0
-    with report.bar("evaluate", packing.rows) as advance:
-        for batch in evaluation_batches(dataset, packing, micro_batch_size):
-            total += executor.token_losses(batch).sum(dtype=torch.float64).item()
-            targets += batch.target_count
-            rows += micro_batch_size
-            advance(min(rows, packing.rows), f"loss {total / targets:.4f}")
+    for batch in evaluation_batches(dataset, packing, micro_batch_size):
+        total += executor.token_losses(batch).sum(dtype=torch.float64).item()
+        targets += batch.target_count
+        rows = min(rows + micro_batch_size, packing.rows)
+        advance(rows / packing.rows, f"loss {total / targets:.4f}")
     loss, nbytes = total / targets, dataset.manifest.text_bytes
     return Evaluation(
         loss=loss,

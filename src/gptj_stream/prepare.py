@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptj_stream.data.sources import read_documents, source_files
+from gptj_stream.data.sources import ReadStats, read_documents, source_files
 from gptj_stream.data.tokenize import tokenize_files
 from gptj_stream.data.tokenizer import Tokenizer, train_tokenizer
 from gptj_stream.data.tokens import TokenDataset, is_dataset
@@ -31,7 +31,9 @@ def open_data(data: Sequence[Path], tokenizer: Tokenizer, cache: Path, report: R
         UserError: as `prepare`, or a prepared folder made with another tokenizer.
     """
     if not any(is_dataset(path) for path in data):
-        return _tokenize(data, tokenizer, cache, report)
+        dataset = _tokenize(data, tokenizer, cache, report)
+        report.note(described(dataset))
+        return dataset
     if len(data) > 1:
         raise UserError(f"{len(data)} data sources, one of them prepared: give one prepared folder, or files only")
     dataset = TokenDataset.open(data[0])
@@ -61,11 +63,17 @@ def train_bpe(options: TokenizerOptions, report: Report | None = None) -> Tokeni
     if options.output.is_dir() and any(options.output.iterdir()):
         raise UserError(f"{options.output}: holds files already; use another --output")
     report = report or Report()
-    texts = ("".join(text for text, _ in document.pieces) for document in read_documents(options.data))
-    train_tokenizer(texts, options.vocab_size, options.output)
-    tokenizer = Tokenizer.load(options.output)
-    report.note(f"{tokenizer.vocab_size:,} tokens in {options.output}")
-    return tokenizer
+    stats = ReadStats()
+    total = sum(path.stat().st_size for path in source_files(options.data))
+    with report.bar("read for the tokenizer", total) as advance:
+
+        def texts() -> Iterator[str]:
+            for document in read_documents(options.data, stats):
+                yield "".join(text for text, _ in document.pieces)
+                advance(stats.bytes_read, "then merging" if stats.bytes_read == total else "")
+
+        train_tokenizer(texts(), options.vocab_size, options.output)
+    return Tokenizer.load(options.output)
 
 
 def _tokenize(
@@ -75,10 +83,14 @@ def _tokenize(
         dataset = tokenize_files(
             data, tokenizer, output, lambda done, total: advance(done / max(1, total), ""), overwrite=overwrite
         )
+    return dataset
+
+
+def described(dataset: TokenDataset) -> str:
+    """What a dataset holds, and what was left out of it, in one line."""
     manifest = dataset.manifest
     skipped = "".join(f", {count:,} skipped: {why}" for why, count in manifest.skipped.items() if count)
-    report.note(
-        f"{output.name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+    return (
+        f"{dataset.folder.name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.loss_tokens:,} of them learned{skipped}"
     )
-    return dataset

@@ -15,7 +15,7 @@ from gptj_stream.errors import UserError
 from gptj_stream.executor import Executor, model_layouts
 from gptj_stream.machine import free_memory, resolve_device, resolve_dtype
 from gptj_stream.model import DocumentAttention
-from gptj_stream.report import gib
+from gptj_stream.report import Report, gib
 from gptj_stream.store import ResidentStore
 
 
@@ -38,7 +38,9 @@ class Pretrained:
         return self.executor.logits(ids, torch.arange(len(ids)), lambda _: DocumentAttention((len(ids),)))
 
 
-def load(model: Path | str, *, precision: str = "auto", device: str = "auto") -> Pretrained:
+def load(
+    model: Path | str, *, precision: str = "auto", device: str = "auto", report: Report | None = None
+) -> Pretrained:
     """Open a checkpoint folder in Hugging Face layout, or a run folder.
 
     Args:
@@ -54,7 +56,7 @@ def load(model: Path | str, *, precision: str = "auto", device: str = "auto") ->
     dtype, parameters = resolve_dtype(precision, resolved), folder.config.parameters
     check_memory(f"{parameters:,} parameters are {dtype.itemsize} bytes each", parameters * dtype.itemsize, resolved)
     store = ResidentStore(model_layouts(folder.config), device=resolved, dtype=dtype)
-    folder.load(store)
+    folder.load(store, report or Report())
     return Pretrained(folder.config, tokenizer, Executor(folder.config, store))
 
 

@@ -65,7 +65,7 @@ class ConsoleReport(Report):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, transient=not steps) as progress:
             task = progress.add_task(what, total=total, text="")
             yield lambda done, text: progress.update(task, completed=done, text=text)
 
@@ -79,8 +79,8 @@ class ConsoleReport(Report):
             now = time.monotonic()
             if first is None:
                 first, start = done, now  # a resumed job starts in the middle: its speed counts from there
-            due = done - shown >= every if every else now - last >= 10
-            if done < total and not due:
+            due = done - shown >= every or done >= total if every else now - last >= 10
+            if done <= shown or not due:
                 return
             last, shown = now, done
             count = f"{done:.0f}/{total:.0f}" if steps else f"{done / total:.0%}"

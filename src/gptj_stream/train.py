@@ -29,7 +29,7 @@ from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learnin
 from gptj_stream.options import TrainOptions
 from gptj_stream.prepare import check_sources, open_data
 from gptj_stream.pretrained import check_memory
-from gptj_stream.report import Report, gib
+from gptj_stream.report import Advance, Report, gib
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.store import ResidentStore, Store
 
@@ -136,6 +136,7 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
         f"{config.parameters:,} parameters; {packing.rows:,} sequences of up to {sequence_length} tokens, "
         f"{packing.efficiency:.0%} full; {steps:,} steps of {options.global_batch_size}"
     )
+    tenth = -(-steps // 10)
     options = options.model_copy(
         update={
             "packing": options.packing or ("documents" if pairs else "concat"),
@@ -144,8 +145,8 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
             "max_steps": steps,
             "epochs": None,
             "precision": "bf16" if resolve_dtype(options.precision, device) == torch.bfloat16 else "fp32",
-            "eval_steps": (options.eval_steps or max(1, steps // 10)) if held_out else None,
-            "save_steps": options.save_steps or max(1, steps // 10),
+            "eval_steps": (options.eval_steps or tenth) if held_out else None,
+            "save_steps": options.save_steps or tenth,
             "resume": False,
             "overwrite": False,
         }
@@ -187,7 +188,7 @@ def _open_store(job: _Job) -> tuple[Store, _Progress]:
         job.report.note(f"resumed at step {progress.step:,}")
         return store, progress
     if job.source:
-        job.source.load(store)
+        job.source.load(store, job.report)
     else:
         _fill_fresh(store, job.config, options.seed)
     return store, _Progress()
@@ -231,7 +232,7 @@ class _Loop:
                 advance(step, _line(metrics))
                 last = step == job.steps
                 if self.options.eval_steps and (last or step % self.options.eval_steps == 0):
-                    log.write(step, self._evaluate(step))
+                    log.write(step, self._evaluate(step, advance))
                 if last or step % (self.options.save_steps or job.steps) == 0:
                     self._save()
         return TrainResult(
@@ -284,11 +285,17 @@ class _Loop:
             f"the state after step {step - 1} is saved: lower --learning-rate and --resume"
         )
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int, advance: Advance) -> dict[str, float]:
         held_out = self.job.held_out
         assert held_out is not None, "eval_steps is set with held-out data only"
         length = self.options.sequence_length or self.job.config.n_positions
-        self.evaluation = evaluate_dataset(self.executor, held_out, length, self.options.micro_batch_size, Report())
+        self.evaluation = evaluate_dataset(
+            self.executor,
+            held_out,
+            length,
+            self.options.micro_batch_size,
+            lambda done, _: advance(step, f"evaluating {done:.0%}"),
+        )
         loss = self.evaluation.loss
         self.job.report.note(
             f"step {step}: held-out loss {loss:.4f}, perplexity {self.evaluation.perplexity:.2f}, "

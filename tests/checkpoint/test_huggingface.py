@@ -19,6 +19,7 @@ from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.errors import UserError
 from gptj_stream.executor import model_layouts
 from gptj_stream.pretrained import load
+from gptj_stream.report import Report
 from gptj_stream.store import ResidentStore
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def oracle(tiny: Any, job_config: ModelConfig) -> GPTJForCausalLM:
 def opened(folder: Path, dtype: torch.dtype = torch.float32) -> ResidentStore:
     source = HuggingFaceFolder(folder)
     store = ResidentStore(model_layouts(source.config), device=torch.device("cpu"), dtype=dtype)
-    source.load(store)
+    source.load(store, Report())
     return store
 
 

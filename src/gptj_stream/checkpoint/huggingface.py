@@ -16,6 +16,7 @@ from gptj_stream.config import ModelConfig
 from gptj_stream.errors import UserError
 from gptj_stream.files import new_folder, read_json
 from gptj_stream.layout import Slot
+from gptj_stream.report import Report
 from gptj_stream.store import Store
 
 WEIGHTS = "model.safetensors"
@@ -49,18 +50,20 @@ class HuggingFaceFolder:
         self._home = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
         self.dtype = self._dtype("lm_head.weight") if "lm_head.weight" in self._home else torch.float32
 
-    def load(self, store: Store) -> None:
+    def load(self, store: Store, report: Report) -> None:
         """Fill the store's weights, one tensor at a time.
 
         Raises:
             UserError: a tensor is missing, unexpected, of another shape or not a number everywhere.
         """
         self._check_names(slot.name for layout in store.layouts for slot in layout.slots)
-        for layer, layout in enumerate(store.layouts):
-            flat = torch.empty(layout.numel, dtype=store.read(layer)["weight"].dtype)
-            for slot, view in layout.views(flat):
-                view.copy_(self.read(slot))
-            store.write(layer, {"weight": flat})
+        with report.bar(f"load {self.folder.name}", len(store.layouts)) as advance:
+            for layer, layout in enumerate(store.layouts):
+                flat = torch.empty(layout.numel, dtype=store.read(layer)["weight"].dtype)
+                for slot, view in layout.views(flat):
+                    view.copy_(self.read(slot))
+                store.write(layer, {"weight": flat})
+                advance(layer + 1, "")
 
     def read(self, slot: Slot) -> Tensor:
         """One tensor as it is stored."""
