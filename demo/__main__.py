@@ -84,9 +84,8 @@ def gptj(arguments: str, *, keep: bool = False) -> str:
 
 
 def evaluate(model: Path, part: str) -> dict[str, Any]:
-    output = gptj(
-        f"evaluate --model {model} --data {DATA}/{part}-held-out.jsonl --sequence-length 512 --json", keep=True
-    )
+    data = DATA / f"{part}-held-out.jsonl"
+    output = gptj(f"evaluate --model {model} --data {data} --sequence-length 512 --json", keep=True)
     result: dict[str, Any] = json.loads(output)
     return result
 

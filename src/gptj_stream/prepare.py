@@ -80,10 +80,9 @@ def _tokenize(
     data: Sequence[Path], tokenizer: Tokenizer, output: Path, report: Report, *, overwrite: bool = False
 ) -> TokenDataset:
     with report.bar(f"tokenize {output.name}", 1.0) as advance:
-        dataset = tokenize_files(
+        return tokenize_files(
             data, tokenizer, output, lambda done, total: advance(done / max(1, total), ""), overwrite=overwrite
         )
-    return dataset
 
 
 def described(dataset: TokenDataset) -> str:
