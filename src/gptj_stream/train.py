@@ -26,7 +26,7 @@ from gptj_stream.machine import free_memory, gemm_flops, peak_memory, resolve_de
 from gptj_stream.metrics import MetricsLog
 from gptj_stream.model import initialize
 from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learning_rate
-from gptj_stream.options import TrainOptions
+from gptj_stream.options import LongDocuments, PackingMode, TrainOptions
 from gptj_stream.prepare import check_sources, open_data
 from gptj_stream.pretrained import check_memory
 from gptj_stream.report import Advance, Report, gib
@@ -118,12 +118,9 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
         open_data(options.eval_data, tokenizer, folder.tokens / "held-out", report) if options.eval_data else None
     )
     pairs = dataset.mask is not None
-    packing = pack(
-        dataset,
-        sequence_length,
-        options.packing or ("documents" if pairs else "concat"),
-        options.long_documents or ("drop" if pairs else "split"),
-    )
+    mode: PackingMode = options.packing or ("documents" if pairs else "concat")
+    long_documents: LongDocuments = options.long_documents or ("drop" if pairs else "split")
+    packing = pack(dataset, sequence_length, mode, long_documents)
     if packing.dropped_long:
         report.note(f"{packing.dropped_long:,} documents longer than {sequence_length} tokens left out")
     steps = options.max_steps or math.ceil((options.epochs or 1.0) * packing.rows / options.global_batch_size)
@@ -139,8 +136,8 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
     tenth = -(-steps // 10)
     options = options.model_copy(
         update={
-            "packing": options.packing or ("documents" if pairs else "concat"),
-            "long_documents": options.long_documents or ("drop" if pairs else "split"),
+            "packing": mode,
+            "long_documents": long_documents,
             "sequence_length": sequence_length,
             "max_steps": steps,
             "epochs": None,
