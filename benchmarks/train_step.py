@@ -23,8 +23,8 @@ from gptj_stream.batch import MicroBatch
 from gptj_stream.config import ModelConfig
 from gptj_stream.executor import Executor, model_layouts
 from gptj_stream.machine import gemm_flops, resolve_device
-from gptj_stream.model import initialize
 from gptj_stream.optim import AdamW, Update, clip_coefficient
+from gptj_stream.pretrained import fill_fresh
 from gptj_stream.store import ResidentStore
 
 
@@ -75,11 +75,7 @@ def ours(
     config: ModelConfig, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, kept: int
 ) -> Callable[[], None]:
     store = ResidentStore(model_layouts(config), device=device, dtype=dtype, optimizer=AdamW())
-    for layer, layout in enumerate(store.layouts):
-        flat = torch.empty(layout.numel)
-        for slot, view in layout.views(flat):
-            initialize(slot.name, view, config, torch.Generator().manual_seed(layer))
-        store.write(layer, {"weight": flat})
+    fill_fresh(store, config, seed=0)
     executor = Executor(config, store, kept_layers=kept)
     batch = MicroBatch(ids[:, :-1].flatten(), ids[:, 1:].flatten(), (ids.shape[1] - 1,) * len(ids))
 

@@ -54,7 +54,7 @@ def docstring_pairs(source: str) -> Iterator[dict[str, str]]:
         tree = ast.parse(source)
     except SyntaxError:  # templates that only look like modules
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # the lines that ast counts: splitlines also cuts at form feeds
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not ast.get_docstring(node):
             continue

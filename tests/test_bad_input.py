@@ -283,9 +283,9 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "too long for the model": ("--sequence-length 65", "sequence_length 65 is longer than the model's 64 positions"),
     "no such device": ("--device cuda:99", "device is 'cuda:99': this machine has"),
     "unknown preset": ("--preset gpt-j-tiy", "preset is 'gpt-j-tiy': give one of gpt-j-tiny"),
-    "both beginnings": ("--preset gpt-j-tiny", "give either --model (continue from a checkpoint) or --preset"),
+    "both beginnings": ("--preset gpt-j-tiny", "model and preset contradict each other: give one of them"),
     "unknown option": ("--epoch 1", "unknown option epoch; did you mean epochs?"),
-    "contradiction": ("--epochs 1", "max_steps 2 and epochs 1 contradict each other"),
+    "contradiction": ("--epochs 1", "max_steps and epochs contradict each other"),
     "resume nothing": ("--resume", "holds no run to resume; leave --resume out to start one"),
     "missing options file": ("--config no.yaml", "no.yaml: cannot be read"),
     "eval without data": ("--eval-steps 2", "eval_steps 2 needs --eval-data"),
@@ -338,7 +338,7 @@ def test_more_memory_than_there_is(
         parameters = values["vocab_size"] * (2 * 2**17 + 1) + 50 * (12 * 2**34 + 7 * 2**17) + 2 * 2**17
         if path == preset:
             result = train(model=None, preset=tmp_path / "giant.json", tokenizer=tokenizer_folder)
-            needed = f"keeps 16 bytes for each, {16 * parameters / 2**30:.1f} GiB in all; "
+            needed = "keeps 16 bytes for each, and "
         else:
             shutil.copy(tmp_path / "giant.json", path)
             result = gptj("evaluate", "--model", model, "--data", corpus / "docs.jsonl", "--precision", "fp32")
@@ -376,8 +376,8 @@ def test_output_that_cannot_be(gptj: Gptj, train: Gptj, checkpoint: Path, corpus
     refused(gptj("prepare", "--model", checkpoint, *data, "--output", file), "--output names a folder")
     refused(gptj("tokenizer", "train", *data, "--output", file), "file is a file; --output names a folder")
     # the system's own words, where there is nothing to add
-    refused(gptj("prepare", "--model", checkpoint, *data, "--output", file / "x"), "[Errno", file, code=1)
-    refused(gptj("tokenizer", "train", *data, "--output", file / "x"), "[Errno", file, code=1)
+    refused(gptj("prepare", "--model", checkpoint, *data, "--output", file / "x"), "[Errno", file)
+    refused(gptj("tokenizer", "train", *data, "--output", file / "x"), "[Errno", file)
     assert file.read_text() == "mine"
 
 
@@ -461,7 +461,7 @@ def test_interrupted_from_the_keyboard(
     assert process.returncode == 130
     assert out == ""
     *before, line = err.splitlines()
-    assert line == "gptj: interrupted; a run goes on with --resume from its newest checkpoint"
+    assert line == "gptj: interrupted; `gptj train --output RUN --resume` goes on from a run's newest checkpoint"
     assert not any(text.startswith(("gptj: ", "Traceback")) for text in before)
     assert not list(run.internal.rglob(".*.tmp"))
 
@@ -486,7 +486,7 @@ def test_a_full_disk(train: Gptj, checkpoint: Path, corpus: Path, tmp_path: Path
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"gptj: {run.checkpoints}")  # which file, and not that it is our mistake

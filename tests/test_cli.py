@@ -32,8 +32,8 @@ def test_the_whole_path(gptj: Gptj, corpus: Path, preset: Path, tmp_path: Path) 
 
     prepared = gptj("prepare", "--model", tokenizer, "--data", corpus / "docs.jsonl", "--output", tokens)
     assert prepared.code == 0
-    assert prepared.out.startswith(f"{tokens}: ")
-    assert prepared.out.endswith("tokens of 100 documents\n")
+    assert prepared.out.startswith("tokens: 100 documents, ")
+    assert prepared.out.endswith(" learned\n")
     once_more = gptj("prepare", "--model", tokenizer, "--data", corpus / "docs.jsonl", "--output", tokens)
     assert (once_more.code, once_more.out) == (0, prepared.out)
 
@@ -185,7 +185,7 @@ def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFi
         ("tokenizer trai --data x", "unknown command 'tokenizer'; did you mean tokenizer train?"),
         ("xyz", "unknown command 'xyz'; the commands are train, prepare, evaluate, generate, tokenizer train"),
         ("train --learning-rat 1", "unknown option learning-rat; did you mean learning_rate?"),
-        ("train --learning_rat=1", "unknown option learning-rat; did you mean learning_rate?"),
+        ("train --learning_rat=1", "unknown option learning_rat; did you mean learning_rate?"),
         ("train --max-step 1", "unknown option max-step; did you mean max_steps?"),  # no guessing by prefix
         ("evaluate --temperature 1", "unknown option temperature; the options are model, data"),
         ("train stray", "unexpected argument 'stray'; options are written --name value"),
@@ -227,7 +227,7 @@ def test_as_a_program(trained: Path, corpus: Path, tmp_path: Path) -> None:
     for command in ([str(installed)], [sys.executable, "-W", "error", "-m", "gptj_stream"]):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
         assert json.loads(done.stdout)["documents"] == 15
-        assert done.stderr.splitlines()[-1].startswith("evaluate 100%")
+        assert done.stderr.startswith("held-out: 15 documents, ")
     assert not list(tmp_path.iterdir())
 
 

@@ -36,6 +36,10 @@ def test_pairs_are_a_function_without_its_docstring_and_the_first_paragraph() ->
     ]
 
 
+def test_a_form_feed_ends_no_line() -> None:
+    assert list(docstring_pairs(f"\x0c\n# \x0b \u2028 \x85\n{SOURCE}")) == list(docstring_pairs(SOURCE))
+
+
 def test_unparsable_source_has_no_pairs() -> None:
     assert list(docstring_pairs("def f(:\n")) == []
 

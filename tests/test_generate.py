@@ -13,7 +13,16 @@ import torch
 from gptj_stream.config import ModelConfig
 from gptj_stream.data.tokenizer import Tokenizer
 from gptj_stream.errors import UserError
-from gptj_stream.generate import Piece, Sampler, StoppingText, generate, stream
+from gptj_stream.executor import Executor
+from gptj_stream.generate import (
+    Piece,
+    Sampler,
+    StoppingText,
+    continue_prompts,
+    generate,
+    read_prompts,
+    stream,
+)
 from gptj_stream.options import GenerateOptions
 from gptj_stream.pretrained import Pretrained, load
 
@@ -36,7 +45,7 @@ def model(trained: Path) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def random_model(checkpoint: Path) -> Pretrained:
-    """It produces every token, also those that no tokenizer has."""
+    """It produces every token, in any order."""
     return load(checkpoint, precision="fp32")
 
 
@@ -44,15 +53,13 @@ def asked(*prompts: str, **values: Any) -> GenerateOptions:
     return GenerateOptions(model=Path("unread"), prompt=prompts, **{"max_new_tokens": 24} | values)
 
 
-def transformers_ids(model: GPTJForCausalLM, ids: Sequence[int], new: int) -> list[int]:
-    """Greedy, one prompt on its own."""
-    out = model.generate(torch.tensor([list(ids)]), max_new_tokens=new, do_sample=False, pad_token_id=0)
+def transformers_ids(model: GPTJForCausalLM, ids: Sequence[int], new: int, vocab_size: int) -> list[int]:
+    """Greedy, one prompt on its own, of the tokenizer's own tokens."""
+    spare = list(range(vocab_size, model.config.vocab_size))
+    out = model.generate(
+        torch.tensor([list(ids)]), max_new_tokens=new, do_sample=False, pad_token_id=0, suppress_tokens=spare
+    )
     return out[0, len(ids) :].tolist()
-
-
-def whole_characters(text: str) -> str:
-    """Without a last character whose bytes are not all there, which is never shown."""
-    return text.rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("which", ["trained", "checkpoint"])
@@ -61,13 +68,15 @@ def test_greedy_equals_transformers(which: str, request: pytest.FixtureRequest, 
 
     folder: Path = request.getfixturevalue(which)
     oracle = GPTJForCausalLM.from_pretrained(folder)
-    pieces = list(stream(asked(*PROMPTS), load(folder, precision="fp32")))  # together, of different lengths
+    # together, of different lengths
+    pieces = list(stream(asked(*PROMPTS, max_new_tokens=38), load(folder, precision="fp32")))
     ended = set()
     for index, prompt in enumerate(PROMPTS):
-        ids = transformers_ids(oracle, tokenizer.encode(prompt) or [tokenizer.eos_token_id], 24)
+        prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
+        ids = transformers_ids(oracle, prompt_ids, 38, tokenizer.vocab_size)
         expected = "eos" if ids[-1] == tokenizer.eos_token_id else "length"
         text = tokenizer.decode(ids[:-1] if expected == "eos" else ids)
-        assert "".join(piece.text for piece in pieces if piece.index == index) == whole_characters(text)
+        assert "".join(piece.text for piece in pieces if piece.index == index) == text
         assert [piece.finished for piece in pieces if piece.index == index][-1] == expected
         ended.add(expected)
     assert ended == {"eos", "length"}  # both ways to end were seen
@@ -136,6 +145,70 @@ def test_a_prompt_is_not_changed_by_the_others(model: Pretrained) -> None:
             assert generate(asked("Das K", *others, temperature=temperature), model)[0] == alone
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each pass through the model continues."""
+    counts: list[int] = []
+    logits = Executor.logits
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        out = logits(*arguments)
+        counts.append(len(out))
+        return out
+
+    monkeypatch.setattr(Executor, "logits", counted)
+    return counts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_groups_of_prompts(model: Pretrained, passes: list[int], size: int, temperature: float) -> None:
+    together = generate(asked(*PROMPTS, temperature=temperature), model)
+    passes.clear()
+    pieces = list(stream(asked(*PROMPTS, temperature=temperature, micro_batch_size=size), model))
+    assert ["".join(piece.text for piece in pieces if piece.index == i) for i in range(len(PROMPTS))] == together
+    assert max(passes) == size
+    groups = [piece.index // size for piece in pieces]
+    assert groups == sorted(groups)  # one after the other
+
+
+def test_finished_prompts_take_no_part_any_more(model: Pretrained, passes: list[int]) -> None:
+    pieces = list(stream(asked(*PROMPTS, max_new_tokens=38), model))
+    reasons = [piece.finished for piece in pieces if piece.finished]
+    assert {"eos", "length"} == set(reasons)
+    assert passes[0] == len(PROMPTS)
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] == reasons.count("length")
+
+
+def test_a_cache_that_does_not_fit(model: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, tokens = model.config, len(model.tokenizer.encode("The cat"))
+    needed = 2 * 4 * config.n_layer * config.n_embd * (tokens + 24)  # of one prompt
+    monkeypatch.setattr("gptj_stream.pretrained.free_memory", lambda _: 2 * needed)
+    prompts = ["The cat"] * 5
+    with pytest.raises(UserError, match=rf"values of 3 prompts together, {tokens + 24} .*lower --micro-batch-size"):
+        stream(asked(*prompts, micro_batch_size=3), model)
+    assert len(generate(asked(*prompts, micro_batch_size=2), model)) == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_token_are_never_chosen(
+    random_model: Pretrained, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    options = asked(*PROMPTS, temperature=temperature)
+    expected = generate(options, random_model)
+    logits, vocab_size = Executor.logits, random_model.tokenizer.vocab_size
+    assert vocab_size < random_model.config.vocab_size
+
+    def tempting(*arguments: Any) -> torch.Tensor:
+        out = logits(*arguments).clone()
+        out[:, vocab_size:] += 100
+        return out
+
+    monkeypatch.setattr(Executor, "logits", tempting)
+    assert generate(options, random_model) == expected
+
+
 def draws(logits: torch.Tensor, count: int, **values: Any) -> Counter[int]:
     sampler = Sampler(asked("x", **values), 0)
     return Counter(sampler(logits) for _ in range(count))
@@ -166,6 +239,27 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
     assert abs(counts[1] / 4000 - p) <= 4 * (p * (1 - p) / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-38, 1e-46, 5e-324])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    assert draws(torch.tensor([30.0, -2.0, 30.5, 0.0]), 20, temperature=temperature) == {2: 20}
+
+
+def test_how_many_tokens_a_share_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rounding of the sum over a whole vocabulary shows, and 1 keeps all."""
+    kept: list[int] = []
+
+    def multinomial(probabilities: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        kept.append(int(probabilities.count_nonzero()))
+        return torch.tensor([0])
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    for top_p in (1.0, 0.99999, 0.50001):
+        Sampler(asked("x", temperature=1.0, top_p=top_p), 0)(torch.zeros(50_000))
+    assert kept == [50_000, 50_000, 25_001]
+    Sampler(asked("x", temperature=1.0), 0)(torch.tensor([0.0, -60.0]))
+    assert kept[-1] == 2
+
+
 def fed(tokenizer: Tokenizer, text: str, stop: Sequence[str] = ()) -> list[tuple[str, str | None]]:
     """What comes of each of the text's tokens."""
     stopping = StoppingText(tokenizer, stop)
@@ -180,6 +274,20 @@ def test_characters_come_whole(tokenizer: Tokenizer) -> None:
     assert "".join(pieces) == text
     assert "" in pieces
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("ended", ["length", "eos"])
+@pytest.mark.parametrize("stop", [(), ("y",), ("x \ufffd!",)])
+def test_an_unfinished_character_is_shown_at_the_end(tokenizer: Tokenizer, ended: str, stop: tuple[str, ...]) -> None:
+    ids = tokenizer.encode("x 語")[:-1]
+    stopping = StoppingText(tokenizer, stop)
+    shown = [stopping.add(token, last=False) for token in ids[:-1]]
+    if ended == "eos":
+        shown += [stopping.add(ids[-1], last=False), stopping.add(tokenizer.eos_token_id, last=False)]
+    else:
+        shown += [stopping.add(ids[-1], last=True)]
+    assert "".join(text for text, _ in shown) == tokenizer.decode(ids) == "x \ufffd"
+    assert [finished for _, finished in shown] == [None] * (len(shown) - 1) + [ended]
 
 
 def test_a_stop_string_across_tokens(model: Pretrained) -> None:
@@ -246,6 +354,36 @@ def test_prompts_from_a_file(model: Pretrained, tmp_path: Path) -> None:
     path.write_bytes("\ufeff".encode() + "\n".join(lines).encode())  # a byte order mark, and a raw line separator
     direct = generate(asked("A dog", "The cat", "One\u2028fish", "Das K"), model)
     assert generate(asked("A dog", prompt_file=path), model) == direct
+
+
+def test_a_prompt_file_is_read_once(model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a pipe."""
+    path = tmp_path / "prompts.jsonl"
+    read_text, reads = Path.read_text, []
+
+    def counted(self: Path, *arguments: Any, **named: Any) -> str:
+        reads.append(self)
+        return read_text(self, *arguments, **named)
+
+    path.write_text('{"prompt": "The cat"}\n')
+    monkeypatch.setattr(Path, "read_text", counted)
+    options = asked(prompt_file=path)
+    generate(options, model)
+    list(stream(options, model))
+    prompts = read_prompts(options)
+    list(continue_prompts(prompts, options, model))
+    assert reads.count(path) == 3
+
+
+def test_prompts_are_checked_before_the_first_piece(model: Pretrained) -> None:
+    for broken, place in (("a\ud800", 1), ("\udcff", 0)):
+        with pytest.raises(
+            UserError, match=rf"prompt 2 of 3: character {place} is half a surrogate pair, or .* remove"
+        ):
+            continue_prompts(["The cat", broken, "o"], asked("unread"), model)
+    with pytest.raises(UserError, match="shorten it"):
+        continue_prompts(["The cat", "The cat " * 20], asked("unread", micro_batch_size=1), model)
+    assert list(continue_prompts([], asked("unread"), model)) == []
 
 
 def test_a_piece_is_what_it_says(model: Pretrained) -> None:

@@ -73,10 +73,10 @@ def test_every_option_has_a_sentence(options: type[Options]) -> None:
         (TokenizerOptions, {"data": ["d"], "output": "o", "vocab_size": 256}, "vocab_size is 256"),
         # contradictions
         (TrainOptions, {"data": ["d"], "output": "o"}, "give either --model"),
-        (TrainOptions, TRAIN | {"preset": "gpt-j-tiny"}, "give either --model"),
+        (TrainOptions, TRAIN | {"preset": "gpt-j-tiny"}, "model and preset contradict"),
         (TrainOptions, {"preset": "gpt-j-tiny", "data": ["d"], "output": "o"}, "add --tokenizer"),
         (TrainOptions, TRAIN | {"preset": "gpt-j-6"}, "preset is 'gpt-j-6': give one of gpt-j-6b, or a config.json"),
-        (TrainOptions, TRAIN | {"max_steps": 5, "epochs": 2}, "max_steps 5 and epochs 2 contradict"),
+        (TrainOptions, TRAIN | {"max_steps": 5, "epochs": 2}, "max_steps and epochs contradict"),
         (TrainOptions, TRAIN | {"resume": True, "overwrite": True}, "resume and overwrite contradict"),
         (TrainOptions, TRAIN | {"micro_batch_size": 32}, "micro_batch_size 32 is larger than global_batch_size 16"),
         (TrainOptions, TRAIN | {"min_learning_rate": 0.1}, "min_learning_rate 0.1 is above the peak"),

@@ -24,27 +24,33 @@ def options(run: RunFolder, **changes: Any) -> TrainOptions:
 
 
 def started(run: RunFolder, **changes: Any) -> RunFolder:
-    run.start(overwrite=False)
-    run.keep_options(options(run, **changes))
+    with run.start(overwrite=False):
+        run.keep_options(options(run, **changes))
     return run
 
 
 def test_a_run_starts_in_a_new_or_empty_folder(run: RunFolder) -> None:
-    run.start(overwrite=False)
+    with run.start(overwrite=False):
+        pass
     assert run.internal.is_dir()
     other = RunFolder(run.root.parent / "empty")
     other.root.mkdir()
-    other.start(overwrite=True)
+    with other.start(overwrite=True):
+        pass
     assert other.internal.is_dir()
 
 
 def test_a_run_is_deleted_only_when_asked_to(run: RunFolder) -> None:
     started(run)
     run.metrics.write_text("numbers")
-    with pytest.raises(UserError, match="already holds a run; add --resume to go on or --overwrite to delete it"):
-        run.start(overwrite=False)
+    with (
+        pytest.raises(UserError, match="already holds a run; add --resume to go on or --overwrite to delete it"),
+        run.start(overwrite=False),
+    ):
+        pass
     assert run.metrics.read_text() == "numbers"
-    run.start(overwrite=True)
+    with run.start(overwrite=True):
+        pass
     assert [path.name for path in run.root.rglob("*")] == ["run"]
 
 
@@ -52,15 +58,24 @@ def test_a_run_is_deleted_only_when_asked_to(run: RunFolder) -> None:
 def test_files_of_others_are_never_touched(run: RunFolder, overwrite: bool) -> None:
     run.root.mkdir(parents=True)
     (run.root / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="holds files that are not a run's; use another --output"):
-        run.start(overwrite=overwrite)
+    with (
+        pytest.raises(UserError, match="holds files that are not a run's; use another --output"),
+        run.start(overwrite=overwrite),
+    ):
+        pass
     assert (run.root / "thesis.txt").read_text() == "years"
     file = RunFolder(run.root / "thesis.txt")
-    with pytest.raises(UserError, match=r"thesis\.txt is a file; --output names a folder"):
-        file.start(overwrite=overwrite)
+    with (
+        pytest.raises(UserError, match=r"thesis\.txt is a file; --output names a folder"),
+        file.start(overwrite=overwrite),
+    ):
+        pass
     below = RunFolder(run.root / "thesis.txt" / "run")
-    with pytest.raises(UserError, match="cannot be made"):
-        below.start(overwrite=overwrite)
+    with (
+        pytest.raises(UserError, match="cannot be made"),
+        below.start(overwrite=overwrite),
+    ):
+        pass
 
 
 def test_overwriting_does_not_delete_what_the_run_reads(run: RunFolder, tmp_path: Path) -> None:
@@ -68,24 +83,49 @@ def test_overwriting_does_not_delete_what_the_run_reads(run: RunFolder, tmp_path
     link = tmp_path / "link"
     link.symlink_to(run.root)
     for inside in (run.root, run.tokens / "train", link / "data.txt"):
-        with pytest.raises(UserError, match=r"--overwrite would delete .*, which the run reads; use another --output"):
-            run.start(overwrite=True, inputs=[tmp_path / "elsewhere", inside])
+        with (
+            pytest.raises(UserError, match=r"--overwrite would delete .*, which the run reads; use another --output"),
+            run.start(overwrite=True, inputs=[tmp_path / "elsewhere", inside]),
+        ):
+            pass
     assert run.config.is_file()
-    run.start(overwrite=True, inputs=[tmp_path / "elsewhere", run.root.with_name("run2")])
+    with run.start(overwrite=True, inputs=[tmp_path / "elsewhere", run.root.with_name("run2")]):
+        pass
     assert not run.config.exists()
 
 
 def test_a_start_that_failed_is_not_in_the_way(run: RunFolder) -> None:
     """A run that ended before it kept its options leaves its tokens, which the next one uses."""
-    run.start(overwrite=False)
+    with run.start(overwrite=False):
+        pass
     (run.tokens / "train").mkdir(parents=True)
-    run.start(overwrite=False)
+    with run.start(overwrite=False):
+        pass
     assert (run.tokens / "train").is_dir()
-    run.start(overwrite=True)
+    with run.start(overwrite=True):
+        pass
     assert not run.tokens.exists()
     (run.internal / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="files that are not a run's"):
-        run.start(overwrite=True)
+    with (
+        pytest.raises(UserError, match="files that are not a run's"),
+        run.start(overwrite=True),
+    ):
+        pass
+
+
+def test_a_start_that_fails_leaves_things_as_they_were(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="no data"), run.start(overwrite=False):
+        raise UserError("no data")
+    assert not run.root.exists()
+    started(run)
+    run.metrics.write_text("numbers")
+    with pytest.raises(KeyboardInterrupt), run.start(overwrite=True):
+        assert not run.config.exists()
+        run.metrics.write_text("others")
+        raise KeyboardInterrupt
+    assert run.saved_options().max_steps == 10
+    assert run.metrics.read_text() == "numbers"
+    assert [path.name for path in run.root.parent.iterdir()] == ["run"]
 
 
 def test_options_are_kept_with_absolute_paths(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

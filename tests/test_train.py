@@ -116,7 +116,7 @@ def test_steps_equal_those_of_transformers_and_torch(
         ],
         betas=(0.9, 0.95),
     )
-    cosine = [1.5e-3, 3e-3, 1e-4 + (3e-3 - 1e-4) / 2, 1e-4]
+    cosine = [1.5e-3, 3e-3, 3e-3, 1e-4 + (3e-3 - 1e-4) / 2]
     for row, learning_rate in zip(rows(result.output), cosine, strict=True):
         step = batches.next_step()
         targets = sum(batch.target_count for batch in step)
@@ -335,17 +335,14 @@ def test_steps_follow_from_epochs(from_checkpoint: Start, corpus: Path) -> None:
         from_checkpoint(data=(corpus / "pairs.jsonl",), max_steps=None, epochs=0.8, packing="none", global_batch_size=7)
     )
     assert result.step == math.ceil(0.8 * pairs / 7)
-    assert rows(result.output)[-1]["epoch"] == pytest.approx(result.step * 7 / pairs)
+    assert rows(result.output)[-1]["epoch"] == pytest.approx(0.8)  # the last step takes what is left of it
 
 
 def test_the_saved_options_say_what_was_used(from_checkpoint: Start, corpus: Path) -> None:
     run = train(from_checkpoint(max_steps=None, eval_data=(corpus / "heldout.jsonl",))).output
     saved = RunFolder(run).saved_options()
-    assert (saved.packing, saved.long_documents, saved.sequence_length) == ("concat", "split", 64)
-    assert saved.max_steps == len(losses(run))
-    assert saved.epochs is None
-    assert (saved.precision, saved.save_steps) == ("fp32", 2)
-    assert saved.eval_steps == max(1, len(losses(run)) // 10)
+    assert (saved.packing, saved.long_documents, saved.sequence_length) == ("concat", None, 64)
+    assert (saved.max_steps, saved.epochs, saved.precision) == (None, 1.0, "fp32")
     assert (saved.resume, saved.overwrite) == (False, False)
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import torch
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
 from gptj_stream.errors import UserError
 from gptj_stream.evaluate import evaluate
-from gptj_stream.generate import read_prompts, stream
+from gptj_stream.generate import continue_prompts, read_prompts
 from gptj_stream.options import (
     EvaluateOptions,
     GenerateOptions,
@@ -78,25 +79,25 @@ def _evaluate(options: EvaluateOptions, as_json: bool) -> None:
 def _generate(options: GenerateOptions, as_json: bool) -> None:
     """Text appears as it is produced: the first unfinished prompt's at once, the others' when theirs is the turn."""
     prompts = read_prompts(options)
+    model = load(options.model, precision=options.precision, device=options.device, report=ConsoleReport())
     texts = [""] * len(prompts)
     reasons: dict[int, str] = {}
-    shown = printed = 0  # the prompt whose text is appearing, and how much of it has
-    model = load(options.model, precision=options.precision, device=options.device, report=ConsoleReport())
-    for piece in stream(options, model):
+    showing = 0  # the prompt whose text is appearing
+    shown = 0  # how many characters of its prompt and text have
+    for piece in continue_prompts(prompts, options, model):
         texts[piece.index] += piece.text
         if piece.finished:
             reasons[piece.index] = piece.finished
-        while shown < len(prompts):
-            if as_json:
-                if shown in reasons:
-                    print(json.dumps({"prompt": prompts[shown], "text": texts[shown], "finished": reasons[shown]}))
-            else:
-                start = prompts[shown] if printed == 0 else ""
-                print(start + texts[shown][max(0, printed - 1) :], end="\n" if shown in reasons else "", flush=True)
-                printed = 1 + len(texts[shown])
-            if shown not in reasons:
+        while showing < len(prompts):
+            prompt, text, reason = prompts[showing], texts[showing], reasons.get(showing)
+            if not as_json:
+                print((prompt + text)[shown:], end="\n" if reason else "", flush=True)
+                shown = len(prompt + text)
+            elif reason:
+                print(json.dumps({"prompt": prompt, "text": text, "finished": reason}), flush=True)
+            if not reason:
                 break
-            shown, printed = shown + 1, 0
+            showing, shown = showing + 1, 0
 
 
 COMMANDS: dict[str, Command] = {
@@ -109,24 +110,38 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    """Run one command; returns the exit code.
+
+    0 done; 2 something the user can mend, in the input or on the machine (a full disk, too little memory); 1 a fault
+    of the program; 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments
     try:
-        _run([argument for argument in arguments if argument != "--traceback"])
-    except UserError as error:
+        command, options, as_json = parse(arguments)
+        if command.json:
+            command.run(options, as_json)
+        else:
+            command.run(options)
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left, as `| head` does
+            sys.stderr.close()
+            return 1
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; a run goes on with --resume from its newest checkpoint", 130)
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        sys.stderr.close()
-        return 1
+        return _fail("interrupted; `gptj train --output RUN --resume` goes on from a run's newest checkpoint", 130)
     except Exception as error:
         if traceback:
             raise
-        kind = "" if isinstance(error, OSError) else f"internal error: {type(error).__name__}: "  # OSError: a full disk
-        return _fail(f"{kind}{error} (--traceback shows where)", 1)
+        if _is_out_of_memory(error):
+            return _fail(f"out of memory: {error}; lower --micro-batch-size, --sequence-length or --kept-layers", 2)
+        return _fail(f"internal error: {type(error).__name__}: {error} (--traceback shows where)", 1)
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # the CPU's allocator has no exception of its own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(message: str, code: int) -> int:
@@ -134,28 +149,27 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _run(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> tuple[Command, Options, bool]:
+    """The command that the arguments name, its options, and whether to print JSON.
+
+    Raises:
+        UserError: an unknown command or option, or an option out of its bounds.
+    """
     name, rest = _command(arguments)
     command = COMMANDS[name]
-    parser = _parser(name, command)
-    # the YAML names work as options too: --learning_rate is --learning-rate
-    spelled = [_dashed(argument) if argument.startswith("--") else argument for argument in rest]
-    given, unknown = parser.parse_known_args(spelled)
+    given, unknown = _parser(name, command).parse_known_args(rest)
     if unknown:
         if unknown[0].startswith("--"):
             raise unknown_option(unknown[0].removeprefix("--").partition("=")[0], command.options)
         raise UserError(f"unexpected argument {unknown[0]!r}; options are written --name value")
     values: dict[str, Any] = vars(given)
+    values.pop("traceback", None)  # main has seen it
     as_json = values.pop("json", False)
-    config = values.pop("config", None)
-    values = (read_yaml(Path(config)) if config else {}) | values
+    if config := values.pop("config", None):
+        values = command.options.layered(read_yaml(Path(config)), values)
     if command.options is TrainOptions and values.get("resume") is True and "output" in values:
         values = RunFolder(Path(values["output"])).merged(values)
-    options = command.options.parse(values)
-    if command.json:
-        command.run(options, as_json)
-    else:
-        command.run(options)
+    return command, command.options.parse(values), as_json
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -194,10 +208,14 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is a number, not an option; so since Python 3.14
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it.")
+    parser.add_argument("--traceback", action="store_true", help="Show where a fault of the program happened.")
     if command.json:
         parser.add_argument("--json", action="store_true", help="Print results as JSON.")
     for field_name, field in command.options.model_fields.items():
-        parser.add_argument("--" + field_name.replace("_", "-"), **_argument(field))
+        argument = _argument(field)
+        parser.add_argument("--" + field_name.replace("_", "-"), **argument)
+        if "_" in field_name:  # the name as Python and YAML spell it
+            parser.add_argument("--" + field_name, **argument | {"help": argparse.SUPPRESS})
     return parser
 
 
@@ -229,8 +247,3 @@ def _kinds(annotation: Any) -> list[Any]:
 def _metavar(kinds: list[Any]) -> str:
     leaves = {leaf for kind in kinds for leaf in (get_args(kind) or (kind,))}
     return "PATH" if Path in leaves else "N" if int in leaves else "X" if float in leaves else "TEXT"
-
-
-def _dashed(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value

@@ -132,6 +132,8 @@ def first_validation_error(error: ValidationError) -> str:
     if first["type"] == "value_error":  # raised by a validator of ours: already a sentence
         return str(first["ctx"]["error"])
     field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{field} is required"
     return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 

@@ -43,6 +43,18 @@ class Evaluation:
     documents: int
 
 
+class HeldOut:
+    """Held-out tokens, checked and laid out for one model: each document on its own, the long ones in pieces."""
+
+    def __init__(self, dataset: TokenDataset, config: ModelConfig, sequence_length: int) -> None:
+        """Raises:
+        UserError: a token id outside the model's vocabulary, or nothing to predict.
+        """
+        dataset.check_ids(config.vocab_size)
+        self.dataset = dataset
+        self.packing = pack(dataset, sequence_length, "documents", "split")
+
+
 def evaluate(options: EvaluateOptions, report: Report | None = None) -> Evaluation:
     """Evaluate a checkpoint. Every learned token counts once; a document sees itself alone.
 
@@ -54,22 +66,15 @@ def evaluate(options: EvaluateOptions, report: Report | None = None) -> Evaluati
     sequence_length = checked_sequence_length(options.sequence_length, model.config)
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_data(options.data, model.tokenizer, Path(cache) / "held-out", report)
+        held_out = HeldOut(dataset, model.config, sequence_length)
         with report.bar("evaluate", 1.0) as advance:
-            return evaluate_dataset(model.executor, dataset, sequence_length, options.micro_batch_size, advance)
+            return evaluate_on(held_out, model.executor, options.micro_batch_size, advance)
 
 
-def evaluate_dataset(
-    executor: Executor, dataset: TokenDataset, sequence_length: int, micro_batch_size: int, advance: Advance
-) -> Evaluation:
-    """Evaluate on prepared tokens. Documents longer than a sequence are cut; their later pieces see less context.
-
-    Raises:
-        UserError: a token id outside the model's vocabulary.
-    """
-    dataset.check_ids(executor.config.vocab_size)
-    packing = pack(dataset, sequence_length, "documents", "split")
-    total, targets = 0.0, 0
-    rows = 0
+def evaluate_on(held_out: HeldOut, executor: Executor, micro_batch_size: int, advance: Advance) -> Evaluation:
+    """Evaluate on held-out tokens. Later pieces of a document that was cut see less context than they would whole."""
+    dataset, packing = held_out.dataset, held_out.packing
+    total, targets, rows = 0.0, 0, 0
     for batch in evaluation_batches(dataset, packing, micro_batch_size):
         total += executor.token_losses(batch).sum(dtype=torch.float64).item()
         targets += batch.target_count

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from gptj_stream.batch import MicroBatch
 from gptj_stream.config import ModelConfig
 from gptj_stream.layout import Layout
 from gptj_stream.model import Attention, DocumentAttention, layer_templates, rotary_table
+from gptj_stream.seeding import derived_seed
 from gptj_stream.store import Store
 
 
@@ -29,8 +31,8 @@ def model_layouts(config: ModelConfig) -> list[Layout]:
 def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     """What a block keeps from forward to backward: 8 values of the model's width a token and 2 of the inner width.
 
-    They are its input, the norm's output, q, k, v, their rotated forms and the attention's output, and the
-    feed-forward's before and after GELU.
+    They are its input, the norm's output, rotated q and k, v and the attention's output, two more for their copies in
+    the attention's layout, and the feed-forward's values before and after GELU. Dropout masks are not counted.
     """
     return tokens * dtype.itemsize * (8 * config.n_embd + 2 * config.inner_dim)
 
@@ -45,13 +47,65 @@ class _Pass:
     attention: Callable[[int], Attention]
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """One layer's recorded forward for one micro-batch: the leaves to differentiate by, and the output."""
+class _Place(NamedTuple):
+    """A piece of a layer's weights, by where it lies in the layer's buffer."""
 
-    x: Tensor
-    parameters: list[Tensor]
-    out: Tensor
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _StandIn(torch.autograd.Function):
+    """A weight for the forward pass; its gradient goes to a leaf of the same shape that has no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Graph:
+    """One layer's recorded forward for one micro-batch, without a hold on the layer's weights.
+
+    Where the backward pass needs weights, the graph remembers their place, and finds them in the buffer that
+    `differentiate` is given. So a store may reuse the forward's buffer, and a kept graph costs activations alone.
+    """
+
+    def __init__(
+        self, flat: Tensor, weights: dict[str, Tensor], x: Tensor, run: Callable[[dict[str, Tensor], Tensor], Tensor]
+    ) -> None:
+        """Record `run(weights, x)`; `weights` are views of `flat`."""
+        self._flat: Tensor | None = None
+        self._x = x.detach().requires_grad_(x.is_floating_point())  # the first layer's input is token ids
+        self._leaves = {
+            name: weight.new_empty(()).expand(weight.shape).requires_grad_() for name, weight in weights.items()
+        }
+        start, storage = flat.storage_offset(), flat.untyped_storage().data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | _Place:
+            if saved.untyped_storage().data_ptr() != storage:
+                return saved
+            return _Place(saved.size(), saved.stride(), int(saved.storage_offset() - start))
+
+        def unpack(saved: Tensor | _Place) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            assert self._flat is not None, "weights are at hand while the graph is differentiated"
+            return self._flat.as_strided(saved.size, saved.stride, self._flat.storage_offset() + saved.offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            stand_ins = {name: _StandIn.apply(self._leaves[name], weight) for name, weight in weights.items()}  # type: ignore[no-untyped-call]
+            self.out = run(stand_ins, self._x)
+
+    def differentiate(self, flat: Tensor, grad_output: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """The gradients by the weights, in their order, and by the input (meaningless where that is token ids)."""
+        self._flat = flat
+        leaves = [*self._leaves.values(), self._x] if self._x.requires_grad else [*self._leaves.values()]
+        grads = torch.autograd.grad(self.out, leaves, grad_output.expand_as(self.out))
+        return grads[: len(self._leaves)], grads[-1]
 
 
 class Executor:
@@ -114,7 +168,12 @@ class Executor:
                         graph = self._record(layer, flat, x, each)
                 if layer == self._head:
                     losses.append(graph.out.detach().sum(dtype=torch.float64))
-                grad_outputs[i] = self._differentiate(layer, graph, grad_outputs[i], gradient, add=i > 0)
+                grads, grad_outputs[i] = graph.differentiate(flat, grad_outputs[i])
+                for (_, view), grad in zip(self.store.layouts[layer].views(gradient), grads, strict=True):
+                    if i == 0:
+                        view.copy_(grad)
+                    else:
+                        view.add_(grad)
             self.store.put_gradient(layer, gradient)
         return [loss.item() for loss in losses]
 
@@ -173,20 +232,7 @@ class Executor:
         return out
 
     def _record(self, layer: int, flat: Tensor, x: Tensor, each: _Pass) -> _Graph:
-        weights = {name: view.detach().requires_grad_() for name, view in self._weights(layer, flat).items()}
-        x = x.detach().requires_grad_(x.is_floating_point())  # the first layer's input is token ids
-        return _Graph(x, list(weights.values()), self._run(layer, weights, x, each))
-
-    def _differentiate(self, layer: int, graph: _Graph, grad_output: Tensor, gradient: Tensor, *, add: bool) -> Tensor:
-        """Write (or add) the parameters' gradients to the layer's flat one; return the gradient by the input."""
-        leaves = [*graph.parameters, graph.x] if graph.x.requires_grad else graph.parameters
-        grads = torch.autograd.grad(graph.out, leaves, grad_output.expand_as(graph.out))
-        for (_, view), grad in zip(self.store.layouts[layer].views(gradient), grads, strict=False):
-            if add:
-                view.add_(grad)
-            else:
-                view.copy_(grad)
-        return grads[-1]
+        return _Graph(flat, self._weights(layer, flat), x, lambda weights, x: self._run(layer, weights, x, each))
 
     def _set_training(self, training: bool) -> None:
         for module in self._modules:
@@ -194,7 +240,7 @@ class Executor:
 
     @contextmanager
     def _seeded(self, step: int, layer: int, index: int) -> Iterator[None]:
-        key = hash((self._seed, step, layer, index))  # of integers: the same in every process
+        key = derived_seed(self._seed, step, layer, index)
         if self.store.device.type == "cuda":
             with torch.random.fork_rng([self.store.device]), torch.cuda.device(self.store.device):
                 torch.cuda.manual_seed(key)

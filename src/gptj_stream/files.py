@@ -62,24 +62,52 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; becomes `path`, replacing what is there, when the block ends without an error."""
+    """A temporary sibling to fill; becomes `path`, replacing what is there, when the block ends without an error.
+
+    Whatever happens, `path` or `.name.old` beside it is whole; the next call, or `recover`, puts the old one back.
+    """
     path = path.resolve()  # through links, and `.` has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    recover(path)
+    temporary, old = path.with_name(f".{path.name}.tmp"), _old(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary)
         if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        temporary.rename(path)
         sync_folder(path.parent)
     except BaseException:
+        recover(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Move folder `path` away for the block; delete it when the block ends, put it back if that fails."""
+    path = path.resolve()
+    path.rename(_old(path))
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        recover(path)
+        raise
+    shutil.rmtree(_old(path), ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Undo a replacement of folder `path` that was cut short."""
+    path = path.resolve()
+    old = _old(path)
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")

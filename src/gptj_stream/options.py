@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -41,6 +41,19 @@ class Options(BaseModel):
     """What all option sets share: frozen, and no name that is not declared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of options that replace each other."""
+
+    @classmethod
+    def layered(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of `below` with those of `above` over them; of a pair that excludes each other the upper stays."""
+        merged = {**below, **above}
+        for pair in cls.exclusive:
+            for name, other in (pair, pair[::-1]):
+                if above.get(name) and not above.get(other):
+                    merged.pop(other, None)
+        return merged
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -99,6 +112,8 @@ def _known_preset(value: str | None) -> str | None:
 class TrainOptions(Options):
     """Train a GPT-J: further from a checkpoint (--model), or from fresh weights (--preset)."""
 
+    exclusive = (("model", "preset"), ("max_steps", "epochs"), ("resume", "overwrite"))
+
     model: Path | None = Field(None, description="Checkpoint folder in Hugging Face layout to start from.")
     preset: Annotated[str | None, AfterValidator(_known_preset)] = Field(
         None, description=f"Start from fresh weights instead: {', '.join(PRESETS)}, or a config.json."
@@ -117,7 +132,7 @@ class TrainOptions(Options):
     long_documents: LongDocuments | None = Field(
         None,
         description="A document longer than a sequence (not for `concat`) is cut into pieces or left out. "
-        "Default: `split` for text, `drop` for prompt/completion.",
+        "Default: texts are split, prompt/completion records dropped.",
     )
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; default: by --epochs.")
@@ -145,7 +160,8 @@ class TrainOptions(Options):
     kept_layers: int | None = Field(
         None,
         ge=0,
-        description="Blocks that keep their activations for the backward pass; the others compute them again. "
+        description="Blocks that keep their activations for the backward pass; the others compute them again "
+        "(activation checkpointing, also called gradient checkpointing). "
         "Default: as many as fit in half of the free memory.",
     )
 
@@ -165,14 +181,13 @@ class TrainOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.model is None) == (self.preset is None):
+        for name, other in self.exclusive:
+            if getattr(self, name) and getattr(self, other):
+                raise ValueError(f"{name} and {other} contradict each other: give one of them")
+        if self.model is None and self.preset is None:
             raise ValueError("give either --model (continue from a checkpoint) or --preset (fresh weights)")
         if self.preset is not None and self.tokenizer is None:
             raise ValueError("--preset starts without a tokenizer: add --tokenizer FOLDER")
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps {self.max_steps} and epochs {self.epochs:g} contradict each other: give one")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite contradict each other: give one")
         if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}"
@@ -191,10 +206,19 @@ class TrainOptions(Options):
 class PrepareOptions(Options):
     """Turn text into token files once, for any number of runs."""
 
-    model: Path = Field(description="Checkpoint or tokenizer folder whose tokenizer to use.")
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files.")
+    model: Path | None = Field(None, description="Checkpoint folder whose tokenizer to use instead.")
     data: Sources = Field(description="Files (.txt, .md, .jsonl) or folders of them.")
     output: Path = Field(description="Folder for the token files.")
     overwrite: bool = Field(False, description="Replace token files made from other data.")
+
+    exclusive = (("tokenizer", "model"),)
+
+    @model_validator(mode="after")
+    def _has_tokenizer(self) -> Self:
+        if (self.tokenizer is None) == (self.model is None):
+            raise ValueError("give either --tokenizer FOLDER or --model CHECKPOINT")
+        return self
 
 
 class TokenizerOptions(Options):
@@ -220,13 +244,16 @@ class GenerateOptions(Options):
     """Continue prompts."""
 
     model: Path = Field(description="Checkpoint folder in Hugging Face layout, or a run folder.")
-    prompt: Texts = Field((), description="One or more prompts.")
+    prompt: Texts = Field((), description="One or more prompts. Control tokens spelled out in them are ordinary text.")
     prompt_file: Path | None = Field(None, description="JSONL file with a `prompt` (or `text`) a line.")
     max_new_tokens: int = Field(64, ge=1, description="At most so many tokens a prompt.")
     temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token each time (greedy).")
     top_k: int = Field(0, ge=0, description="Sample among the k likeliest tokens; 0 is no limit.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens that make up this share.")
     stop: Texts = Field((), description="End a continuation before any of these strings.")
+    micro_batch_size: int = Field(
+        8, ge=1, description="Prompts continued together; lower it where the cache does not fit in memory."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of sampling; each prompt draws its own numbers.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)

@@ -20,16 +20,25 @@ def prepare(options: PrepareOptions, report: Report | None = None) -> TokenDatas
     Raises:
         UserError: a bad source, no text in any, or an output folder that holds something else.
     """
-    tokenizer = Tokenizer.load(options.model)
+    folder = options.tokenizer or options.model
+    assert folder is not None, "PrepareOptions asks for one of the two"
+    tokenizer = Tokenizer.load(folder)
     return _tokenize(options.data, tokenizer, options.output, report or Report(), overwrite=options.overwrite)
 
 
-def open_data(data: Sequence[Path], tokenizer: Tokenizer, cache: Path, report: Report) -> TokenDataset:
+def open_data(
+    data: Sequence[Path], tokenizer: Tokenizer, cache: Path, report: Report, *, reuse: bool = False
+) -> TokenDataset:
     """The tokens of `data`: an already prepared folder as it is, anything else prepared into `cache`.
+
+    Args:
+        reuse: take what `cache` holds without a look at the sources, which may have moved on.
 
     Raises:
         UserError: as `prepare`, or a prepared folder made with another tokenizer.
     """
+    if reuse and is_dataset(cache):
+        data = (cache,)
     if not any(is_dataset(path) for path in data):
         dataset = _tokenize(data, tokenizer, cache, report)
         report.note(described(dataset))

@@ -14,9 +14,10 @@ from gptj_stream.data.tokenizer import Tokenizer
 from gptj_stream.errors import UserError
 from gptj_stream.executor import Executor, model_layouts
 from gptj_stream.machine import free_memory, resolve_device, resolve_dtype
-from gptj_stream.model import DocumentAttention
+from gptj_stream.model import DocumentAttention, initialize
 from gptj_stream.report import Report, gib
-from gptj_stream.store import ResidentStore
+from gptj_stream.seeding import derived_seed
+from gptj_stream.store import ResidentStore, Store
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,12 @@ def check_memory(what: str, needed: int, device: torch.device) -> None:
         raise UserError(
             f"{what}, {gib(needed)} in all; {gib(free)} are free on {device}; use a smaller model or a larger machine"
         )
+
+
+def fill_fresh(store: Store, config: ModelConfig, seed: int) -> None:
+    """Fresh weights for every layer. A parameter's values follow from the seed and its place, in whatever order."""
+    for layer, layout in enumerate(store.layouts):
+        flat = torch.empty(layout.numel)
+        for index, (slot, view) in enumerate(layout.views(flat)):
+            initialize(slot.name, view, config, torch.Generator().manual_seed(derived_seed(seed, layer, index)))
+        store.write(layer, {"weight": flat})

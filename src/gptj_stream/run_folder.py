@@ -4,7 +4,7 @@ RUN/                 the result, in Hugging Face layout, once the run has ended
 RUN/run/config.yaml  the resolved options
 RUN/run/metrics.jsonl, tensorboard/
 RUN/run/checkpoints/ resumable state
-RUN/run/best/        weights of the lowest evaluation loss so far, in Hugging Face layout
+RUN/run/best/step-N  weights of the lowest evaluation loss so far, in Hugging Face layout
 RUN/run/tokens/      the data's tokens, where --data named text
 """
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from gptj_stream.errors import UserError
-from gptj_stream.files import write_text
+from gptj_stream.files import recover, set_aside, sync_folder, write_text
 from gptj_stream.options import TrainOptions, read_yaml
 
 # What a resumed run may change without becoming another run.
@@ -40,8 +41,11 @@ class RunFolder:
         self.last = self.internal / "last"
         self.tokens = self.internal / "tokens"
 
-    def start(self, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-        """Make the folder ready for a new run.
+    @contextmanager
+    def start(self, *, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[None]:
+        """Make the folder ready for a new run; the block opens it and keeps its options.
+
+        A run that is overwritten is moved aside, and deleted when the block ends; if that fails, it comes back.
 
         Args:
             inputs: files and folders that the run will read.
@@ -52,18 +56,25 @@ class RunFolder:
         """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; --output names a folder")
+        recover(self.root)
         if self.config.is_file() and not overwrite:
             raise UserError(f"{self.root} already holds a run; add --resume to go on or --overwrite to delete it")
         if not self.config.is_file() and not self._holds_tokens_at_most():
             raise UserError(f"{self.root} holds files that are not a run's; use another --output")
-        if overwrite and self.root.is_dir():
-            if inside := [path for path in inputs if path.resolve().is_relative_to(self.root.resolve())]:
-                raise UserError(f"--overwrite would delete {inside[0]}, which the run reads; use another --output")
-            shutil.rmtree(self.root)
-        try:
-            self.internal.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.root}: cannot be made ({error.strerror}); use another --output") from None
+        if overwrite and (inside := [path for path in inputs if path.resolve().is_relative_to(self.root.resolve())]):
+            raise UserError(f"--overwrite would delete {inside[0]}, which the run reads; use another --output")
+        with set_aside(self.root) if overwrite and self.root.is_dir() else nullcontext():
+            try:
+                self.internal.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.root}: cannot be made ({error.strerror}); use another --output") from None
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):  # tokens that are already made stay: the next try uses them
+                    self.internal.rmdir()
+                    self.root.rmdir()
+                raise
 
     def _holds_tokens_at_most(self) -> bool:
         """Nothing, or what a run leaves that ended before it kept its options. The next one uses the tokens."""
@@ -88,10 +99,7 @@ class RunFolder:
         Raises:
             UserError: there is no run here.
         """
-        saved = self.saved_options().model_dump()
-        if values.get("epochs") is not None:  # a new length replaces the old one, however it was given
-            saved["max_steps"] = None
-        return saved | dict(values)
+        return TrainOptions.layered(self.saved_options().model_dump(), values)
 
     def resumed_options(self, given: TrainOptions) -> TrainOptions:
         """The run's own options with the given ones over them, where those may change.
@@ -117,7 +125,11 @@ class RunFolder:
         write_text(self.config, options.model_copy(update=absolute).to_yaml())
 
     def publish(self, folder: Path) -> None:
-        """Show a finished checkpoint folder's files in the run's root as well, `config.json` last."""
+        """Show a finished checkpoint folder's files in the run's root as well.
+
+        `config.json` goes first and comes last: without it nobody takes the folder for a checkpoint.
+        """
+        (self.root / "config.json").unlink(missing_ok=True)
         files = sorted(folder.iterdir(), key=lambda path: path.name == "config.json")
         # weights published before, in another number of files: a leftover index would be read in place of the new ones
         for old in self.root.glob("model*.safetensors*"):
@@ -131,6 +143,7 @@ class RunFolder:
             except OSError:  # a file system without links
                 shutil.copyfile(path, temporary)
             temporary.replace(self.root / path.name)
+        sync_folder(self.root)
 
 
 def _absolute(value: object) -> object:

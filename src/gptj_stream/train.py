@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,18 +18,16 @@ from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.data.batches import Batches
 from gptj_stream.data.packing import pack
 from gptj_stream.data.tokenizer import Tokenizer
-from gptj_stream.data.tokens import TokenDataset
 from gptj_stream.errors import UserError
-from gptj_stream.evaluate import Evaluation, checked_sequence_length, evaluate_dataset
+from gptj_stream.evaluate import Evaluation, HeldOut, checked_sequence_length, evaluate_on
 from gptj_stream.executor import Executor, block_activation_bytes, model_layouts
 from gptj_stream.files import read_json
 from gptj_stream.machine import free_memory, gemm_flops, peak_memory, resolve_device, resolve_dtype
 from gptj_stream.metrics import MetricsLog
-from gptj_stream.model import initialize
 from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learning_rate
-from gptj_stream.options import LongDocuments, PackingMode, TrainOptions
+from gptj_stream.options import PackingMode, TrainOptions
 from gptj_stream.prepare import check_sources, open_data
-from gptj_stream.pretrained import check_memory
+from gptj_stream.pretrained import check_memory, fill_fresh
 from gptj_stream.report import Advance, Report, gib
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.store import ResidentStore, Store
@@ -45,7 +44,7 @@ class TrainResult:
         output: the run folder, now a checkpoint in Hugging Face layout.
         step: the last step.
         loss: its loss.
-        evaluation: of the last weights, if there was held-out data.
+        evaluation: of the last weights, if this call took a step and there was held-out data.
         exported_step: the step whose weights the folder holds.
     """
 
@@ -62,7 +61,7 @@ class _Progress:
 
     step: int = 0
     loss: float = math.nan
-    best_loss: float = math.inf
+    best_loss: float | None = None
     best_step: int = 0
 
 
@@ -81,14 +80,18 @@ def train(options: TrainOptions, report: Report | None = None) -> TrainResult:
 class _Job:
     """Everything a run works with, opened and checked."""
 
-    options: TrainOptions  # with every default resolved
+    options: TrainOptions  # with the defaults that depend on data and model resolved
     steps: int
+    eval_steps: int
+    save_steps: int
+    kept_layers: int
     config: ModelConfig
     device: torch.device
+    dtype: torch.dtype
     source: HuggingFaceFolder | None
     tokenizer_folder: Path
     batches: Batches
-    held_out: TokenDataset | None
+    held_out: HeldOut | None
     folder: RunFolder
     report: Report
 
@@ -96,7 +99,15 @@ class _Job:
 def _open_job(options: TrainOptions, report: Report) -> _Job:
     folder = RunFolder(options.output)
     if options.resume:
-        options = folder.resumed_options(options)
+        return _open_run(folder, folder.resumed_options(options), report)
+    check_sources(options.data)
+    check_sources(options.eval_data or ())
+    folders = [path for path in (options.model, options.tokenizer) if path]
+    with folder.start(overwrite=options.overwrite, inputs=[*folders, *options.data, *(options.eval_data or ())]):
+        return _open_run(folder, options, report)
+
+
+def _open_run(folder: RunFolder, options: TrainOptions, report: Report) -> _Job:
     source = HuggingFaceFolder(options.model) if options.model else None
     tokenizer_folder = options.tokenizer or options.model
     assert tokenizer_folder is not None, "TrainOptions asks for one of the two"
@@ -104,26 +115,26 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
     config = source.config if source else fresh_config(str(options.preset), tokenizer)
     sequence_length = checked_sequence_length(options.sequence_length, config)
     device = resolve_device(options.device)
-    state = f"training {config.parameters:,} parameters keeps {STATE_BYTES} bytes for each"
-    check_memory(state, STATE_BYTES * config.parameters, device)
-    if not options.resume:
-        data = (*options.data, *(options.eval_data or ()))
-        check_sources(options.data)  # before anything is deleted
-        check_sources(options.eval_data or ())
-        folder.start(overwrite=options.overwrite, inputs=[*filter(None, (options.model, options.tokenizer)), *data])
+    dtype = resolve_dtype(options.precision, device)
+    kept_layers = _kept_layers(options, config, sequence_length, device, dtype)
 
-    dataset = open_data(options.data, tokenizer, folder.tokens / "train", report)
+    tokens = folder.tokens
+    dataset = open_data(options.data, tokenizer, tokens / "train", report, reuse=options.resume)
     dataset.check_ids(config.vocab_size)
-    held_out = (
-        open_data(options.eval_data, tokenizer, folder.tokens / "held-out", report) if options.eval_data else None
-    )
-    pairs = dataset.mask is not None
-    mode: PackingMode = options.packing or ("documents" if pairs else "concat")
-    long_documents: LongDocuments = options.long_documents or ("drop" if pairs else "split")
-    packing = pack(dataset, sequence_length, mode, long_documents)
+    held_out = None
+    if options.eval_data:
+        held_out_tokens = open_data(options.eval_data, tokenizer, tokens / "held-out", report, reuse=options.resume)
+        held_out = HeldOut(held_out_tokens, config, sequence_length)
+    mode: PackingMode = options.packing or ("concat" if dataset.mask is None else "documents")
+    packing = pack(dataset, sequence_length, mode, options.long_documents)
     if packing.dropped_long:
         report.note(f"{packing.dropped_long:,} documents longer than {sequence_length} tokens left out")
-    steps = options.max_steps or math.ceil((options.epochs or 1.0) * packing.rows / options.global_batch_size)
+
+    if options.max_steps:
+        rows, steps = None, options.max_steps
+    else:
+        rows = round((options.epochs or 1.0) * packing.rows) or 1
+        steps = -(-rows // options.global_batch_size)
     if options.warmup_steps >= steps:
         raise UserError(f"warmup_steps {options.warmup_steps} must be less than the run's {steps} steps; lower it")
     saved = checkpoints(folder.checkpoints)
@@ -131,40 +142,75 @@ def _open_job(options: TrainOptions, report: Report) -> _Job:
         raise UserError(f"{folder.root} is at step {done} already, beyond the {steps} asked for; raise --max-steps")
     report.note(
         f"{config.parameters:,} parameters; {packing.rows:,} sequences of up to {sequence_length} tokens, "
-        f"{packing.efficiency:.0%} full; {steps:,} steps of {options.global_batch_size}"
+        f"{packing.efficiency:.0%} full; {steps:,} steps of {options.global_batch_size}; "
+        f"{kept_layers} of {config.n_layer} blocks keep their activations"
     )
-    tenth = -(-steps // 10)
     options = options.model_copy(
         update={
             "packing": mode,
-            "long_documents": long_documents,
             "sequence_length": sequence_length,
-            "max_steps": steps,
-            "epochs": None,
-            "precision": "bf16" if resolve_dtype(options.precision, device) == torch.bfloat16 else "fp32",
-            "eval_steps": (options.eval_steps or tenth) if held_out else None,
-            "save_steps": options.save_steps or tenth,
+            "epochs": None if options.max_steps else options.epochs or 1.0,
+            "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
             "resume": False,
             "overwrite": False,
         }
     )
     folder.keep_options(options)
-    batches = Batches(dataset, packing, options.micro_batch_size, options.global_batch_size, options.seed)
-    return _Job(options, steps, config, device, source, tokenizer_folder, batches, held_out, folder, report)
+    tenth = -(-steps // 10)
+    return _Job(
+        options=options,
+        steps=steps,
+        eval_steps=options.eval_steps or tenth,
+        save_steps=options.save_steps or tenth,
+        kept_layers=kept_layers,
+        config=config,
+        device=device,
+        dtype=dtype,
+        source=source,
+        tokenizer_folder=tokenizer_folder,
+        batches=Batches(dataset, packing, options.micro_batch_size, options.global_batch_size, options.seed, rows=rows),
+        held_out=held_out,
+        folder=folder,
+        report=report,
+    )
+
+
+def _kept_layers(
+    options: TrainOptions, config: ModelConfig, sequence_length: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """How many blocks keep their activations: as asked, or as many as fit in half of what the rest leaves free.
+
+    Raises:
+        UserError: weights, gradients, moments and every layer's input do not fit.
+    """
+    tokens = options.global_batch_size * sequence_length
+    inputs = config.n_layer * tokens * config.n_embd * dtype.itemsize
+    needed = STATE_BYTES * config.parameters + inputs
+    state = f"training {config.parameters:,} parameters keeps {STATE_BYTES} bytes for each"
+    check_memory(f"{state}, and {gib(inputs)} of layer inputs", needed, device)
+    if options.kept_layers is not None:
+        return min(options.kept_layers, config.n_layer)
+    fitting = 0.5 * (free_memory(device) - needed) / block_activation_bytes(config, tokens, dtype)
+    return min(int(fitting), config.n_layer)
 
 
 def fresh_config(preset: str, tokenizer: Tokenizer) -> ModelConfig:
-    """A preset's shape with this tokenizer's vocabulary, or a `config.json` as it is.
+    """A preset's shape with this tokenizer's vocabulary, or a `config.json`'s, with this tokenizer's end of text.
 
-    GPT-J's 50400 rows stay for a tokenizer of GPT-2's size. Another gets rows rounded up to a multiple of 64.
+    A preset keeps GPT-J's 50400 rows for a tokenizer of GPT-2's size. Another gets rows rounded up to a multiple of 64.
+
+    Raises:
+        UserError: a `config.json` that is not one, or has fewer rows than the tokenizer has tokens.
     """
     if preset.endswith(".json"):
-        return ModelConfig.from_huggingface(read_json(Path(preset)), preset)
-    config = PRESETS[preset]
-    eos = tokenizer.eos_token_id
-    if not 50257 <= tokenizer.vocab_size <= config.vocab_size:
-        config = config.model_copy(update={"vocab_size": -(-tokenizer.vocab_size // 64) * 64})
-    return config.model_copy(update={"bos_token_id": eos, "eos_token_id": eos})
+        config = ModelConfig.from_huggingface(read_json(Path(preset)), preset)
+    else:
+        config = PRESETS[preset]
+        if not 50257 <= tokenizer.vocab_size <= config.vocab_size:
+            config = config.model_copy(update={"vocab_size": -(-tokenizer.vocab_size // 64) * 64})
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{preset}: vocab_size {config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
+    return config.model_copy(update={"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id})
 
 
 def _open_store(job: _Job) -> tuple[Store, _Progress]:
@@ -176,8 +222,7 @@ def _open_store(job: _Job) -> tuple[Store, _Progress]:
         weight_decay=options.weight_decay,
         decay_vectors=options.decay_vectors,
     )
-    dtype = resolve_dtype(options.precision, job.device)
-    store = ResidentStore(model_layouts(job.config), device=job.device, dtype=dtype, optimizer=optimizer)
+    store = ResidentStore(model_layouts(job.config), device=job.device, dtype=job.dtype, optimizer=optimizer)
     if saved := checkpoints(job.folder.checkpoints):  # a new run's folder has none
         state = load_checkpoint(saved[-1], store)
         job.batches.load_state_dict(state["data"])
@@ -187,17 +232,8 @@ def _open_store(job: _Job) -> tuple[Store, _Progress]:
     if job.source:
         job.source.load(store, job.report)
     else:
-        _fill_fresh(store, job.config, options.seed)
+        fill_fresh(store, job.config, options.seed)
     return store, _Progress()
-
-
-def _fill_fresh(store: Store, config: ModelConfig, seed: int) -> None:
-    for layer, layout in enumerate(store.layouts):
-        flat = torch.empty(layout.numel)
-        for index, (slot, view) in enumerate(layout.views(flat)):
-            # a generator for each parameter: its values do not depend on what is filled before it
-            initialize(slot.name, view, config, torch.Generator().manual_seed(hash((seed, layer, index))))
-        store.write(layer, {"weight": flat})
 
 
 class _Loop:
@@ -206,7 +242,7 @@ class _Loop:
         self.options = job.options
         dropout = self.options.dropout
         config = job.config if dropout is None else job.config.with_dropout(dropout)
-        self.executor = Executor(config, store, kept_layers=self._kept_layers(), seed=self.options.seed)
+        self.executor = Executor(config, store, kept_layers=job.kept_layers, seed=self.options.seed)
         self.evaluation: Evaluation | None = None
 
     def run(self) -> TrainResult:
@@ -228,9 +264,9 @@ class _Loop:
                 log.write(step, metrics)
                 advance(step, _line(metrics))
                 last = step == job.steps
-                if self.options.eval_steps and (last or step % self.options.eval_steps == 0):
-                    log.write(step, self._evaluate(step, advance))
-                if last or step % (self.options.save_steps or job.steps) == 0:
+                if job.held_out and (last or step % job.eval_steps == 0):
+                    log.write(step, self._evaluate(job.held_out, step, advance))
+                if last or step % job.save_steps == 0:
                     self._save()
         return TrainResult(
             self.options.output, progress.step, progress.loss, self.evaluation, exported_step=self._export()
@@ -282,14 +318,10 @@ class _Loop:
             f"the state after step {step - 1} is saved: lower --learning-rate and --resume"
         )
 
-    def _evaluate(self, step: int, advance: Advance) -> dict[str, float]:
-        held_out = self.job.held_out
-        assert held_out is not None, "eval_steps is set with held-out data only"
-        length = self.options.sequence_length or self.job.config.n_positions
-        self.evaluation = evaluate_dataset(
-            self.executor,
+    def _evaluate(self, held_out: HeldOut, step: int, advance: Advance) -> dict[str, float]:
+        self.evaluation = evaluate_on(
             held_out,
-            length,
+            self.executor,
             self.options.micro_batch_size,
             lambda done, _: advance(step, f"evaluating {done:.0%}"),
         )
@@ -298,28 +330,37 @@ class _Loop:
             f"step {step}: held-out loss {loss:.4f}, perplexity {self.evaluation.perplexity:.2f}, "
             f"{self.evaluation.bits_per_byte:.4f} bits per byte"
         )
-        if self.options.export == "best" and loss < self.progress.best_loss:
+        best = self.progress.best_loss
+        if self.options.export == "best" and (best is None or loss < best):
             self.progress.best_loss, self.progress.best_step = loss, step
-            self._write(self.job.folder.best)
+            self._write(self._best())
         return {
             "eval_loss": loss,
             "eval_perplexity": self.evaluation.perplexity,
             "eval_bits_per_byte": self.evaluation.bits_per_byte,
         }
 
+    def _best(self) -> Path:
+        return self.job.folder.best / f"step-{self.progress.best_step:08}"
+
     def _save(self) -> None:
         state = {"data": self.job.batches.state_dict(), "progress": asdict(self.progress)}
         save_checkpoint(
             self.job.folder.checkpoints, self.progress.step, self.store, state, self.options.save_total_limit
         )
+        # the best weights of before can go only now that no checkpoint to resume from names them
+        for other in set(self.job.folder.best.glob("step-*")) - {self._best()}:
+            shutil.rmtree(other)
 
     def _export(self) -> int:
         """Publish the weights in the run folder; returns the step they are of."""
-        folder, best = self.job.folder, self.options.export == "best" and self.progress.best_step
-        if not best:
-            self._write(folder.last)
-        folder.publish(folder.best if best else folder.last)
-        return self.progress.best_step if best else self.progress.step
+        folder = self.job.folder
+        if self.options.export == "best" and self._best().is_dir():
+            folder.publish(self._best())
+            return self.progress.best_step
+        self._write(folder.last)
+        folder.publish(folder.last)
+        return self.progress.step
 
     def _write(self, folder: Path) -> None:
         source = self.job.source
@@ -337,15 +378,6 @@ class _Loop:
             carried_files=tokenizer_files.files(self.job.tokenizer_folder),
             source=source.folder if source else None,
         )
-
-    def _kept_layers(self) -> int:
-        blocks, asked = self.job.config.n_layer, self.options.kept_layers
-        if asked is not None:
-            return min(asked, blocks)
-        options = self.options
-        tokens = options.global_batch_size * (options.sequence_length or self.job.config.n_positions)
-        free = free_memory(self.job.device) - STATE_BYTES * self.job.config.parameters
-        return max(0, min(blocks, int(0.5 * free / block_activation_bytes(self.job.config, tokens, self.store.dtype))))
 
 
 def _line(metrics: dict[str, float]) -> str:

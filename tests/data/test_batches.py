@@ -94,12 +94,18 @@ def test_a_step_may_hold_several_epochs(dataset_of: Build) -> None:
     assert sorted(Counter(inputs[1] for inputs, _ in segments(step)).values()) == [2, 2, 3]
 
 
-def test_without_shuffling_rows_come_in_order(dataset_of: Build) -> None:
-    dataset = numbered(dataset_of, 6)
-    packing = pack(dataset, 4, "none")
-    batches = Batches(dataset, packing, 2, 6, seed=0, shuffle=False)
-    for _ in range(2):
-        assert listed(batches.next_step()) == listed(evaluation_batches(dataset, packing, 2))
+@pytest.mark.parametrize(("rows", "sizes"), [(3, [3]), (16, [16]), (17, [16, 1]), (6, [6]), (None, [16, 16])], ids=str)
+def test_training_ends_after_its_rows(dataset_of: Build, rows: int | None, sizes: list[int]) -> None:
+    dataset = numbered(dataset_of, 3)
+    batches = Batches(dataset, pack(dataset, 4, "none"), 2, 16, seed=0, rows=rows)
+    steps = [[inputs[1] for inputs, _ in segments(batches.next_step())] for _ in sizes]
+    assert [len(step) for step in steps] == sizes
+    assert batches.state_dict() == {"consumed_rows": sum(sizes)}
+    seen = [row for step in steps for row in step]
+    assert all(sorted(seen[i : i + 3]) == [1, 2, 3] for i in range(0, len(seen) - 2, 3))
+    if rows is not None:
+        with pytest.raises(AssertionError, match="no rows are left"):
+            batches.next_step()
 
 
 def test_seeds_differ(dataset_of: Build) -> None:
@@ -141,7 +147,7 @@ def test_an_epoch_teaches_each_text_once(
         source = Path(folder) / "data.jsonl"
         source.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in documents))
         dataset = tokenize_files([source], small_tokenizer, Path(folder) / "tokens")
-        packing = pack(dataset, size, mode)
+        packing = pack(dataset, size, mode, "split")
         epoch = Batches(dataset, packing, micro, packing.rows, seed=0).next_step()
 
     assert sum(batch.target_count for batch in epoch) == dataset.manifest.loss_tokens

@@ -50,7 +50,7 @@ def test_best_fit_takes_the_fullest_row(dataset_of: Build) -> None:
 
 def test_long_documents(dataset_of: Build) -> None:
     dataset = dataset_of([([], [1] * 6), ([2], [3])])
-    split = pack(dataset, 3, "none")
+    split = pack(dataset, 3, "none", "split")
     assert rows_of(split) == [[(0, 3)], [(3, 3)], [(6, 1)], [(8, 2)]]
     assert split.dropped_long == 0
     dropped = pack(dataset, 3, "none", long_documents="drop")
@@ -62,9 +62,22 @@ def test_long_documents(dataset_of: Build) -> None:
         pack(dataset, 1, long_documents="drop")
 
 
+@pytest.mark.parametrize("mode", ["documents", "none"])
+def test_long_texts_are_split_and_long_prompts_with_their_completions_dropped(
+    dataset_of: Build, mode: PackingMode
+) -> None:
+    dataset = dataset_of([([], [1] * 6), ([2], [3]), ([4] * 3, [5]), ([6], [7] * 9)])
+    packing = pack(dataset, 3, mode)
+    assert sorted(segment for row in rows_of(packing) for segment in row) == [(0, 3), (3, 3), (6, 1), (8, 2)]
+    assert packing.dropped_long == 2
+    assert pack(dataset, 3, mode, "drop").dropped_long == 3
+    assert pack(dataset, 3, mode, "split").dropped_long == 0
+    assert pack(dataset, 3, "concat").dropped_long == 0
+
+
 @pytest.mark.parametrize("mode", ["documents", "concat", "none"])
 def test_pieces_without_loss_are_dropped(dataset_of: Build, mode: PackingMode) -> None:
-    packing = pack(dataset_of([([1] * 9, [2]), ([3] * 2, [4])]), 2, mode)
+    packing = pack(dataset_of([([1] * 9, [2]), ([3] * 2, [4])]), 2, mode, "split")
     # targets without the prompt's first token: 8 of prompt and 2 of answer, then 1 and 2
     assert packing.dropped_without_loss == 4
     assert packing.tokens == {"documents": 5, "none": 5, "concat": 7}[mode]

@@ -34,7 +34,9 @@ def test_documents_come_back(tokenizer: Tokenizer, write_jsonl: Callable[..., Pa
         ([*prompt, *completion, eos], [0] * len(prompt) + [1] * (len(completion) + 1)),
         ([*tokenizer.encode("x"), eos], [1, 1]),
     ]
-    assert [tuple(part.tolist() for part in dataset.document(i)) for i in range(3)] == expected
+    assert dataset.mask is not None
+    assert dataset.tokens.tolist() == [token for ids, _ in expected for token in ids]
+    assert dataset.mask.tolist() == [bit for _, mask in expected for bit in mask]
     assert dataset.document_lengths.tolist() == [len(ids) for ids, _ in expected]
     assert dataset.eos_token_id == eos
     assert dataset.tokens.dtype == np.uint16
@@ -56,7 +58,7 @@ def test_a_document_that_begins_with_a_control_token(
     assert dataset.manifest.documents == 2
     assert np.flatnonzero(dataset.tokens == tokenizer.eos_token_id).tolist() == (dataset.offsets[1:] - 1).tolist()
     for i, record in enumerate(records):
-        ids, _ = dataset.document(i)
+        ids = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]]
         assert tokenizer.decode(ids[:-1].tolist()) == "".join(record.values())
 
 

@@ -14,7 +14,7 @@ from gptj_stream.data.tokens import TokenDataset
 
 
 class Batches:
-    """An endless run of training steps over a dataset's rows.
+    """The training steps over a dataset's rows, without end or up to a number of rows.
 
     Each epoch visits every row once, in an order that follows from (seed, epoch) alone, so the position is one
     number. A step may cross from one epoch into the next.
@@ -27,10 +27,12 @@ class Batches:
         micro_batch_size: int,
         global_batch_size: int,
         seed: int,
-        *,
-        shuffle: bool = True,
+        rows: int | None = None,
     ) -> None:
-        """Sizes are in rows; a step is `global_batch_size` rows in micro-batches of `micro_batch_size` or fewer."""
+        """Sizes are in rows; a step is `global_batch_size` rows in micro-batches of `micro_batch_size` or fewer.
+
+        Training ends after `rows`, counted over all epochs: the last step takes what is left of them.
+        """
         assert micro_batch_size >= 1
         assert global_batch_size >= 1
         self._dataset = dataset
@@ -38,7 +40,7 @@ class Batches:
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._seed = seed
-        self._shuffle = shuffle
+        self._rows = rows
         self._consumed_rows = 0
         self._order_of: tuple[int, npt.NDArray[np.int64]] | None = None  # the epoch last asked for, and its order
 
@@ -52,10 +54,13 @@ class Batches:
         return self._consumed_rows / self.rows_per_epoch
 
     def next_step(self) -> list[MicroBatch]:
-        """The ceil(global / micro) micro-batches of the next step."""
-        first = self._consumed_rows
-        self._consumed_rows += self._global_batch_size
-        rows = [self._row_at(position) for position in range(first, self._consumed_rows)]
+        """The micro-batches of the next step: ceil(global / micro), fewer where few rows are left."""
+        first, end = self._consumed_rows, self._consumed_rows + self._global_batch_size
+        if self._rows is not None:
+            end = min(end, self._rows)
+        assert first < end, "no rows are left"
+        self._consumed_rows = end
+        rows = [self._row_at(position) for position in range(first, end)]
         return list(_micro_batches(self._dataset, self._packing, rows, self._micro_batch_size))
 
     def state_dict(self) -> dict[str, int]:
@@ -66,8 +71,6 @@ class Batches:
 
     def _row_at(self, position: int) -> int:
         epoch, place = divmod(position, self.rows_per_epoch)
-        if not self._shuffle:
-            return place
         if self._order_of is None or self._order_of[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._order_of = epoch, generator.permutation(self.rows_per_epoch)

@@ -62,7 +62,7 @@ def pack(
     dataset: TokenDataset,
     sequence_length: int,
     packing: PackingMode = "documents",
-    long_documents: LongDocuments = "split",
+    long_documents: LongDocuments | None = None,
 ) -> Packing:
     """Lay a dataset's documents out in rows. Deterministic.
 
@@ -71,7 +71,8 @@ def pack(
             "concat" cuts the stream every `sequence_length` tokens, each row one segment, as GPT-J was pre-trained;
             "none" puts one document in a row.
         long_documents: what becomes of a document longer than `sequence_length`, except with "concat", which cuts
-            anyway: "split" into consecutive segments, or "drop".
+            anyway: "split" into consecutive segments, or "drop". None drops the ones that begin with a prompt, since
+            a completion cut off from its prompt is another task, and splits the texts.
 
     Raises:
         UserError: no row is left.
@@ -81,11 +82,13 @@ def pack(
     if packing == "concat":
         starts, lengths = np.zeros(1, np.int64), np.array([len(dataset.tokens)])
     else:
-        starts, lengths = _document_spans(dataset)
-        if long_documents == "drop":
-            fits = lengths <= sequence_length
-            dropped_long = int((~fits).sum())
-            starts, lengths = starts[fits], lengths[fits]
+        prompted = _prompted(dataset)
+        starts, lengths = dataset.offsets[:-1] + prompted, dataset.document_lengths - prompted
+        if long_documents != "split":
+            droppable = prompted if long_documents is None else np.ones_like(prompted)
+            kept = (lengths <= sequence_length) | ~droppable
+            dropped_long = int((~kept).sum())
+            starts, lengths = starts[kept], lengths[kept]
     starts, lengths = _split(starts, lengths, sequence_length)
     learned = _carry_loss(dataset.mask, starts, lengths)
     dropped_without_loss = int((~learned).sum())
@@ -103,15 +106,14 @@ def pack(
     return Packing(sequence_length, starts[order], lengths[order], row_offsets, dropped_long, dropped_without_loss)
 
 
-def _document_spans(dataset: TokenDataset) -> tuple[Indices, Indices]:
-    """Starts and lengths of each document's targets.
+def _prompted(dataset: TokenDataset) -> npt.NDArray[np.bool_]:
+    """(D,) whether the document begins with a prompt.
 
     The first token of a text is predicted from the end of text before it. The first token of a prompt is not
-    predicted, so it needs no input of its own.
+    predicted, so it is no target.
     """
     first = dataset.offsets[:-1]
-    prompted = np.zeros(len(first), np.int64) if dataset.mask is None else (dataset.mask[first] == 0).astype(np.int64)
-    return first + prompted, dataset.document_lengths - prompted
+    return np.zeros(len(first), np.bool_) if dataset.mask is None else dataset.mask[first] == 0
 
 
 def _split(starts: Indices, lengths: Indices, size: int) -> tuple[Indices, Indices]:

@@ -95,24 +95,31 @@ class Tokenizer:
         # "fast" leaves out the character offsets
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    def stream(self, skip_special_tokens: bool = False) -> TextStream:
+    def stream(self) -> TextStream:
         """A decoder for ids that arrive one at a time."""
-        return TextStream(self._backend, skip_special_tokens)
+        return TextStream(self._backend)
 
 
 class TextStream:
     """Decodes ids one at a time, and withholds a character until all of its bytes are there."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
-        self._decoder = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._decoder = decoders.DecodeStream(skip_special_tokens=False)
+        self._withheld: list[int] = []
 
-    def step(self, token_id: int) -> str | None:
-        """The text that `token_id` completes, or None while a character is unfinished."""
-        return self._decoder.step(self._backend, token_id)
+    def step(self, token_id: int) -> str:
+        """The text that `token_id` completes; none while a character is unfinished."""
+        text = self._decoder.step(self._backend, token_id)
+        self._withheld = [*self._withheld, token_id] if text is None else []
+        return text or ""
+
+    def flush(self) -> str:
+        """What was withheld, at the end of the ids: U+FFFD stands for an unfinished character, as in `decode`."""
+        return self._backend.decode(self._withheld, skip_special_tokens=False)
 
 
 def files(folder: Path) -> list[Path]:
@@ -127,15 +134,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, output: Path) -> Toke
     smaller vocabulary.
 
     Raises:
-        UserError: no text, a `vocab_size` below 257, or an `output` that already holds a tokenizer.
+        UserError: no text, or a `vocab_size` below 257.
     """
     smallest = 256 + 1  # every byte, and the end of text
     if vocab_size < smallest:
         raise UserError(
             f"vocab_size {vocab_size} is below {smallest} (256 bytes and {END_OF_TEXT}); use {smallest} or more"
         )
-    if files(output):
-        raise UserError(f"{output}: already holds a tokenizer; use another --output")
     texts = (text for text in texts if text)
     first = next(texts, None)
     if first is None:

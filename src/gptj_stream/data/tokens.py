@@ -130,12 +130,6 @@ class TokenDataset:
     def eos_token_id(self) -> int:
         return int(self.tokens[-1])
 
-    def document(self, i: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-        """Document i's (n,) ids and (n,) loss mask."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        ids = self.tokens[span]
-        return ids, np.ones(len(ids), np.uint8) if self.mask is None else self.mask[span]
-
     def check_ids(self, vocab_size: int) -> None:
         """Read every token once and compare it with the model's vocabulary.
 

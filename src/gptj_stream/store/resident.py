@@ -50,7 +50,9 @@ class ResidentStore:
         self._squared_norms[layer] = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
     def gradient_norm(self) -> float:
-        return float(sum(value.item() for _, value in sorted(self._squared_norms.items())) ** 0.5)
+        if not self._squared_norms:
+            return 0.0
+        return float(torch.stack([square for _, square in sorted(self._squared_norms.items())]).sum().sqrt())
 
     def apply(self, update: Update) -> None:
         assert self._optimizer is not None, "a store without an optimizer is read only"
