@@ -16,8 +16,8 @@ ROW_MULTIPLE = 64
 """Numbers of rows are rounded up to this before they reach a matrix product or an attention kernel.
 
 On a CPU in bf16, PyTorch compiles and keeps a kernel for every number of rows it meets: a millisecond and 0.7 MB for a
-product, 9 milliseconds and 4 MB for attention's backward pass. Without rounding, documents of many lengths would be
-spent on that. Row for row, what is added changes nothing.
+product, 10 milliseconds and 4 MB for attention with its backward pass (benchmarks/row_counts.py). Documents come in
+many lengths, so most of a step would go there. Row for row, what is added changes nothing.
 """
 
 
