@@ -61,7 +61,8 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, width: int, rows: int =
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device, within the process's memory cgroup."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # ours to use again
+        return torch.cuda.mem_get_info(device)[0] + cached
     return min(psutil.virtual_memory().available, _cgroup_headroom())
 
 

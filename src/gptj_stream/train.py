@@ -112,7 +112,7 @@ def _open_run(folder: RunFolder, options: TrainOptions, report: Report) -> _Job:
     tokenizer_folder = options.tokenizer or options.model
     assert tokenizer_folder is not None, "TrainOptions asks for one of the two"
     tokenizer = Tokenizer.load(tokenizer_folder)
-    config = source.config if source else fresh_config(str(options.preset), tokenizer)
+    config = _model_config(options, source, tokenizer)
     sequence_length = checked_sequence_length(options.sequence_length, config)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.precision, device)
@@ -194,22 +194,30 @@ def _kept_layers(
     return min(int(fitting), config.n_layer)
 
 
-def fresh_config(preset: str, tokenizer: Tokenizer) -> ModelConfig:
-    """A preset's shape with this tokenizer's vocabulary, or a `config.json`'s, with this tokenizer's end of text.
+def _model_config(options: TrainOptions, source: HuggingFaceFolder | None, tokenizer: Tokenizer) -> ModelConfig:
+    """The checkpoint's shape, a preset's or a `config.json`'s; a tokenizer that is named decides the end of text.
 
     A preset keeps GPT-J's 50400 rows for a tokenizer of GPT-2's size. Another gets rows rounded up to a multiple of 64.
 
     Raises:
-        UserError: a `config.json` that is not one, or has fewer rows than the tokenizer has tokens.
+        UserError: a `config.json` that is not one, or a tokenizer with more tokens than the model has rows.
     """
-    if preset.endswith(".json"):
+    preset = str(options.preset)
+    if source:
+        config = source.config
+    elif preset.endswith(".json"):
         config = ModelConfig.from_huggingface(read_json(Path(preset)), preset)
     else:
         config = PRESETS[preset]
         if not 50257 <= tokenizer.vocab_size <= config.vocab_size:
             config = config.model_copy(update={"vocab_size": -(-tokenizer.vocab_size // 64) * 64})
+    if not options.tokenizer:
+        return config
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{preset}: vocab_size {config.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
+        raise UserError(
+            f"{options.tokenizer}: {tokenizer.vocab_size} tokens are more than the model's {config.vocab_size} rows; "
+            "use the model's own tokenizer"
+        )
     return config.model_copy(update={"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id})
 
 
