@@ -282,6 +282,12 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "warm-up too long": ("--warmup-steps 2", "warmup_steps 2 must be less than max_steps 2"),
     "too long for the model": ("--sequence-length 65", "sequence_length 65 is longer than the model's 64 positions"),
     "no such device": ("--device cuda:99", "device is 'cuda:99': this machine has"),
+    "no device at all": ("--device cuda:99999", "device is 'cuda:99999': string should match"),
+    "endless": ("--epochs inf --max-steps 0", "max_steps is '0': input should be greater than or equal to 1"),
+    "more steps than anyone has time for": (
+        "--max-steps 99999999999",
+        "input should be less than or equal to 1000000000",
+    ),
     "unknown preset": ("--preset gpt-j-tiy", "preset is 'gpt-j-tiy': give one of gpt-j-tiny"),
     "both beginnings": ("--preset gpt-j-tiny", "model and preset contradict each other: give one of them"),
     "unknown option": ("--epoch 1", "unknown option epoch; did you mean epochs?"),
@@ -494,3 +500,57 @@ def test_a_full_disk(train: Gptj, checkpoint: Path, corpus: Path, tmp_path: Path
     assert not list(run.checkpoints.iterdir())
     assert not (run.root / "config.json").exists()
     assert train("--resume").code == 0
+
+
+def test_overwriting_waits_until_the_new_run_can_start(train: Gptj, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train().code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    bad = write(tmp_path / "bad.jsonl", '{"txt": "no such field"}\n')
+    refused(train("--overwrite", data=bad), "bad.jsonl:1: fields are txt")
+    refused(train("--overwrite", "--warmup-steps", 9, max_steps=None), "warmup_steps 9 must be less", alone=False)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_output_inside_the_data(train: Gptj, corpus: Path) -> None:
+    refused(train(data=corpus, output=corpus / "run"), "lies inside the data folder")
+    assert not (corpus / "run").exists()
+
+
+def test_tokens_into_the_present_folder(
+    gptj: Gptj, checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--data", corpus / "docs.jsonl")
+    refused(gptj("prepare", "--model", checkpoint, *data, "--output", "."), ".: is the folder this runs in")
+
+
+@pytest.mark.parametrize("value", ["[" * 200_000, "9" * 5_000], ids=["nesting", "digits"])
+def test_json_beyond_limits(train: Gptj, gptj: Gptj, model: Path, tmp_path: Path, value: str) -> None:
+    line = f'{{"text": {value}'
+    refused(train(data=write(tmp_path / "deep.jsonl", line + "}\n")), "deep.jsonl:1: ")
+    prompts = write(tmp_path / "prompts.jsonl", line + "}\n")
+    refused(gptj("generate", "--model", model, "--prompt-file", prompts), "prompts.jsonl:1: not valid JSON")
+    write(model / "config.json", line + "}")
+    refused(train(model=model), "config.json: not valid JSON")
+
+
+def test_damaged_state_of_a_checkpoint(train: Gptj, tmp_path: Path) -> None:
+    assert train(save_steps=1).code == 0
+    state = RunFolder(tmp_path / "run").checkpoints / "step-00000002" / "state.json"
+    state.write_text("{}")
+    refused(train("--resume", max_steps=3), "state.json is damaged; remove step-00000002", alone=False)
+    (state.parent.parent / "step-foo").mkdir()
+    (state.parent.parent / "step-foo" / "state.json").write_text("{}")
+    shutil.rmtree(state.parent)
+    assert train("--resume", max_steps=3).code == 0
+
+
+def test_resuming_needs_no_sources(train: Gptj, corpus: Path, tmp_path: Path) -> None:
+    """The run has its tokens; the files they were made from may change or go."""
+    source = tmp_path / "source.jsonl"
+    shutil.copyfile(corpus / "docs.jsonl", source)
+    assert train(data=source).code == 0
+    source.unlink()
+    assert train("--resume", data=source, max_steps=3).code == 0

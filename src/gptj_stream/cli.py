@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -175,6 +176,9 @@ def parse(arguments: list[str]) -> tuple[Command, Options, bool]:
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
+        raise SystemExit(0)
+    if arguments[0] == "--version":
+        print(f"gptj-stream {version('gptj-stream')}")
         raise SystemExit(0)
     for words in (2, 1):
         name = " ".join(arguments[:words])

@@ -22,6 +22,7 @@ from gptj_stream.errors import UserError
 from gptj_stream.model import Attention, DocumentAttention
 from gptj_stream.options import GenerateOptions
 from gptj_stream.pretrained import Pretrained, check_memory, load
+from gptj_stream.seeding import derived_seed
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _read_prompt_file(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's limits
             raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
         prompt = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
         if not isinstance(prompt, str):
@@ -255,7 +256,7 @@ class Sampler:
 
     def __init__(self, options: GenerateOptions, index: int) -> None:
         self._options = options
-        self._generator = torch.Generator().manual_seed(options.seed + index)
+        self._generator = torch.Generator().manual_seed(derived_seed(options.seed, index))
 
     def __call__(self, logits_V: Tensor) -> int:
         options = self._options

@@ -67,6 +67,9 @@ def open_job(options: TrainOptions, report: Report) -> Job:
         return _open_run(folder, folder.resumed_options(options), report)
     check_sources(options.data)
     check_sources(options.eval_data or ())
+    for path in (*options.data, *(options.eval_data or ())):
+        if path.is_dir() and options.output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"output {options.output} lies inside the data folder {path}; use one outside it")
     folders = [path for path in (options.model, options.tokenizer) if path]
     with folder.start(overwrite=options.overwrite, inputs=[*folders, *options.data, *(options.eval_data or ())]):
         return _open_run(folder, options, report)
@@ -198,8 +201,13 @@ def open_store(job: Job) -> tuple[Store, Progress]:
     store = ResidentStore(model_layouts(job.config), device=job.device, dtype=job.dtype, optimizer=optimizer)
     if saved := checkpoints(job.folder.checkpoints):  # a new run's folder has none
         state = load_checkpoint(saved[-1], store)
-        job.batches.load_state_dict(state["data"])
-        progress = Progress(**state["progress"])
+        try:
+            job.batches.load_state_dict(state["data"])
+            progress = Progress(**state["progress"])
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{saved[-1]}: state.json is damaged; remove {saved[-1].name} to use the one before"
+            ) from None
         job.report.note(f"resumed at step {progress.step:,}")
         return store, progress
     if job.source:

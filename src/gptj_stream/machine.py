@@ -21,7 +21,10 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}: give cpu, cuda, cuda:1 or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device is {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
@@ -30,10 +33,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that a precision option means here."""
+    """The dtype that a precision option means here.
+
+    Raises:
+        UserError: no such precision.
+    """
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(device) else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise UserError(f"precision is {precision!r}: give fp32, bf16 or auto")
+    return dtypes[precision]
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gptj_stream.config import PRESETS, first_validation_error
 from gptj_stream.errors import UserError
 
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
 PackingMode = Literal["concat", "documents", "none"]
@@ -40,7 +40,7 @@ SEQUENCE_LENGTH = "Tokens a sequence; default: the model's n_positions, at most 
 class Options(BaseModel):
     """What all option sets share: frozen, and no name that is not declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs of options that replace each other."""
@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
@@ -135,10 +135,14 @@ class TrainOptions(Options):
         "Default: texts are split, prompt/completion records dropped.",
     )
 
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; default: by --epochs.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the data; default: 1, or by --max-steps.")
-    micro_batch_size: int = Field(4, ge=1, description="Sequences that pass through a layer at once.")
-    global_batch_size: int = Field(16, ge=1, description="Sequences an optimizer step; any number of micro-batches.")
+    max_steps: int | None = Field(None, ge=1, le=10**9, description="Optimizer steps; default: by --epochs.")
+    epochs: float | None = Field(
+        None, gt=0, le=10**6, description="Passes over the data; default: 1, or by --max-steps."
+    )
+    micro_batch_size: int = Field(4, ge=1, description="At most so many sequences pass through a layer at once.")
+    global_batch_size: int = Field(
+        16, ge=1, le=10**6, description="Sequences an optimizer step; any number of micro-batches."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of fresh weights, the order of the data and dropout.")
 
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="Peak of the schedule.")
@@ -188,10 +192,6 @@ class TrainOptions(Options):
             raise ValueError("give either --model (continue from a checkpoint) or --preset (fresh weights)")
         if self.preset is not None and self.tokenizer is None:
             raise ValueError("--preset starts without a tokenizer: add --tokenizer FOLDER")
-        if self.micro_batch_size > self.global_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}"
-            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate:g} is above the peak, learning_rate {self.learning_rate:g}"

@@ -24,7 +24,7 @@ from gptj_stream.options import TrainOptions, read_yaml
 # What a resumed run may change without becoming another run.
 _FREE_TO_CHANGE = {
     "max_steps", "epochs", "micro_batch_size", "kept_layers", "device", "learning_rate", "min_learning_rate",
-    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export", "save_dtype",
+    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export",
     "resume", "overwrite", "output",
 }  # fmt: skip
 

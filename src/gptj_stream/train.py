@@ -130,12 +130,13 @@ class _Loop:
     def _not_finite(self, step: int, losses: Sequence[float], position: dict[str, int]) -> UserError:
         """The weights are still those of the step before: keep them, and say what happened."""
         self.job.batches.load_state_dict(position)
-        self._save()
+        self._save(limit=self.options.save_total_limit + 1)  # no older one goes for this
         bad = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
         what = f"the loss of micro-batch {bad} of {len(losses)}" if bad else "the gradient norm"
         return UserError(
             f"step {step}: {what} is not finite (sequences from {position['consumed_rows']} on in the data's order); "
-            f"the state after step {step - 1} is saved: lower --learning-rate and --resume"
+            f"the state after step {step - 1} is saved: lower --learning-rate and --resume, "
+            f"from an older checkpoint if {self.job.folder.checkpoints} has its newest removed"
         )
 
     def _evaluate(self, held_out: HeldOut, step: int, advance: Advance) -> dict[str, float]:
@@ -163,11 +164,10 @@ class _Loop:
     def _best(self) -> Path:
         return self.job.folder.best / f"step-{self.progress.best_step:08}"
 
-    def _save(self) -> None:
+    def _save(self, limit: int | None = None) -> None:
         state = {"data": self.job.batches.state_dict(), "progress": asdict(self.progress)}
-        save_checkpoint(
-            self.job.folder.checkpoints, self.progress.step, self.store, state, self.options.save_total_limit
-        )
+        limit = limit or self.options.save_total_limit
+        save_checkpoint(self.job.folder.checkpoints, self.progress.step, self.store, state, limit)
         # the best weights of before can go only now that no checkpoint to resume from names them
         for other in set(self.job.folder.best.glob("step-*")) - {self._best()}:
             shutil.rmtree(other)

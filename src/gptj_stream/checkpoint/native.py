@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, step: int, store: Store, state: dict[str, Any]
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+    return sorted(path.parent for path in folder.glob(f"step-{'[0-9]' * 8}/{STATE}"))
 
 
 def checkpoint_step(path: Path) -> int:

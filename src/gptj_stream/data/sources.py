@@ -101,6 +101,8 @@ def _record(line: bytes, where: str) -> Document:
         record = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise UserError(f"{where}: cannot be read ({error}); shorten it") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; one object a line")
     has_text, has_pair = "text" in record, "prompt" in record and "completion" in record

@@ -53,6 +53,8 @@ def tokenize_files(
     """
     files = source_files(paths)
     sources = tuple(SourceFile.of(path) for path in files)
+    if output.resolve() == Path.cwd():
+        raise UserError(f"{output}: is the folder this runs in; --output names one that can be replaced")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; --output names a folder")
     if is_dataset(output) and not overwrite:
