@@ -1,4 +1,4 @@
-# make demo    the whole product on real text: about 6 minutes on two cores
+# make demo    the whole product on real text: about 5 minutes on two cores
 # make test    ruff, types, the import rule, then the tests
 PYTHON ?= python3
 BIN := .venv/bin

@@ -85,7 +85,7 @@ def gptj(arguments: str, *, keep: bool = False) -> str:
 
 def evaluate(model: Path, part: str) -> dict[str, Any]:
     data = DATA / f"{part}-held-out.jsonl"
-    output = gptj(f"evaluate --model {model} --data {data} --sequence-length 512 --json", keep=True)
+    output = gptj(f"evaluate --model {model} --data {data} --sequence-length 256 --json", keep=True)
     result: dict[str, Any] = json.loads(output)
     return result
 
