@@ -128,6 +128,18 @@ def test_a_start_that_fails_leaves_things_as_they_were(run: RunFolder) -> None:
     assert [path.name for path in run.root.parent.iterdir()] == ["run"]
 
 
+def test_an_overwriting_start_that_was_killed_gives_the_old_run_back(run: RunFolder) -> None:
+    started(run)
+    run.metrics.write_text("numbers")
+    run.root.rename(run.root.with_name(".run.old"))  # as a kill in the middle leaves it
+    (run.tokens / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds a run"), run.start(overwrite=False):
+        pass
+    assert run.metrics.read_text() == "numbers"
+    assert not run.tokens.exists()
+    assert [path.name for path in run.root.parent.iterdir()] == ["run"]
+
+
 def test_options_are_kept_with_absolute_paths(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     relative = RunFolder(Path("out") / "run")

@@ -98,17 +98,21 @@ def set_aside(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        recover(path)
+        recover(path, replaced=False)
         raise
-    shutil.rmtree(_old(path), ignore_errors=True)
+    recover(path, replaced=True)
 
 
-def recover(path: Path) -> None:
-    """Undo a replacement of folder `path` that was cut short."""
+def recover(path: Path, *, replaced: bool | None = None) -> None:
+    """Undo a replacement of folder `path` that was cut short, or clear away what it replaced.
+
+    Args:
+        replaced: whether the new folder is whole; by default, if it is there.
+    """
     path = path.resolve()
     old = _old(path)
-    if old.exists() and not path.exists():
+    if old.exists() and not (path.exists() if replaced is None else replaced):
+        shutil.rmtree(path, ignore_errors=True)
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -56,7 +56,7 @@ class RunFolder:
         """
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; --output names a folder")
-        recover(self.root)
+        recover(self.root, replaced=self.config.is_file())  # an --overwrite that was killed before it kept its options
         if self.config.is_file() and not overwrite:
             raise UserError(f"{self.root} already holds a run; add --resume to go on or --overwrite to delete it")
         if not self.config.is_file() and not self._holds_tokens_at_most():
