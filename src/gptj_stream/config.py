@@ -27,7 +27,7 @@ class ModelConfig(BaseModel):
     embd_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
     attn_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
     layer_norm_epsilon: float = Field(1e-5, gt=0.0)
-    initializer_range: float = Field(0.02, gt=0.0)
+    initializer_range: float = Field(0.02, gt=0.0)  # only carried on: fresh weights follow `model.initialize`
     tie_word_embeddings: Literal[False] = False
     bos_token_id: int | None = Field(50256, ge=0)
     eos_token_id: int | None = Field(50256, ge=0)
