@@ -27,8 +27,8 @@ format: .venv/installed
 clean:
 	rm -rf .venv demo/out
 
-# PyTorch first, so that what depends on it takes the build chosen here: CUDA's where there is a GPU, else the CPU's
-# (a tenth of the size). Where no package source lists the CPU build by version, uv knows PyTorch's own index.
+# PyTorch first, so that what depends on it takes the build chosen here: CUDA's where there is a GPU, else the
+# CPU's, which is far smaller. Where no package source lists the CPU build by version, uv knows PyTorch's own index.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }

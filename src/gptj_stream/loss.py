@@ -14,7 +14,7 @@ from torch import Tensor
 from gptj_stream.batch import IGNORE, ROW_MULTIPLE
 
 CHUNK_BYTES = 1 << 26
-"""Size of a chunk's fp32 logits. 64 MiB is 320 rows of GPT-J's vocabulary: enough rows for full matrix speed."""
+"""Size of a chunk's fp32 logits. 64 MiB is 320 rows of GPT-J's vocabulary."""
 
 
 def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from gptj_stream.data.tokens import (
 from gptj_stream.errors import UserError
 from gptj_stream.files import new_folder
 
-_BATCH_CHARACTERS = 1 << 22  # bounds memory: the library needs about 100 bytes a token while it encodes
+_BATCH_CHARACTERS = 1 << 22  # bounds memory: the library keeps much more than the ids while it encodes
 _CHUNK_CHARACTERS = 1 << 18  # one long text keeps all cores busy
 _WORD_END = re.compile(r"\S(?=[ \n])")
 
