@@ -137,7 +137,7 @@ def first_validation_error(error: ValidationError) -> str:
     return f"{field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-# Sizes after the GPT-2 and Pythia families; every one but `gpt-j-6b` keeps GPT-J's 25 % rotary share.
+# Sizes after the GPT-2 and Pythia families, all with GPT-J's rotary share of a quarter of each head.
 PRESETS: dict[str, ModelConfig] = {
     "gpt-j-6b": ModelConfig(),
     "gpt-j-1.3b": ModelConfig(n_embd=2048, n_layer=24, n_head=16, rotary_dim=32),
