@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gptj_stream.layout import Layout
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one step does, the same for every layer.
-
-    Attributes:
-        step: number of the step, from 1 (bias correction).
-        gradient_scale: factor on every gradient; clipping sets it below 1.
-    """
-
-    step: int
-    learning_rate: float
-    gradient_scale: float
+from gptj_stream.optim.base import Part, Update
 
 
 @dataclass(frozen=True)
@@ -34,15 +22,21 @@ class AdamW:
     weight_decay: float = 0.1
     decay_vectors: bool = False
 
-    def new_state(self, layout: Layout, device: torch.device) -> dict[str, Tensor]:
-        """First and second moments of one layer, (numel,) fp32, at zero."""
-        return {name: torch.zeros(layout.numel, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    gradient_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def parts(self, layout: Layout) -> dict[str, Part]:
+        return {name: Part(layout.numel, torch.float32) for name in ("weight", "exp_avg", "exp_avg_sq")}
+
+    def set_weights(self, state: dict[str, Tensor], weights: Tensor) -> None:
+        state["weight"].copy_(weights)
+
+    def weights(self, state: dict[str, Tensor]) -> Tensor:
+        return state["weight"]
 
     @torch.no_grad()
-    def update(
-        self, layout: Layout, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], update: Update
-    ) -> None:
-        """Change `weight` and `state` in place; all are (numel,) fp32. `gradient` is scaled in place."""
+    def update(self, layer: int, layout: Layout, state: dict[str, Tensor], gradient: Tensor, update: Update) -> None:
+        """As the interface says; `gradient` is scaled in place."""
+        weight = state["weight"]
         matrices, vectors = slice(0, layout.matrix_numel), slice(layout.matrix_numel, layout.numel)
         for part, decay in ((matrices, True), (vectors, self.decay_vectors)):
             adamw(
