@@ -21,6 +21,7 @@ from gptj_stream.layout import Layout
 from gptj_stream.model import Attention, DocumentAttention, layer_templates, rotary_table
 from gptj_stream.seeding import derived_seed
 from gptj_stream.store import Store
+from gptj_stream.token_sums import accumulate
 
 
 def model_layouts(config: ModelConfig) -> list[Layout]:
@@ -29,12 +30,13 @@ def model_layouts(config: ModelConfig) -> list[Layout]:
 
 
 def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    """What a block keeps from forward to backward: 8 values of the model's width a token and 2 of the inner width.
+    """What a block keeps from forward to backward, beside its input and output: 5 values of the model's width a token
+    and 2 of the inner width.
 
-    They are its input, the norm's output, rotated q and k, v and the attention's output, two more for their copies in
-    the attention's layout, and the feed-forward's values before and after GELU. Dropout masks are not counted.
+    They are the norm's output, rotated q and k, v and the attention's output, and the feed-forward's values before and
+    after GELU. Dropout masks are not counted.
     """
-    return tokens * dtype.itemsize * (8 * config.n_embd + 2 * config.inner_dim)
+    return tokens * dtype.itemsize * (5 * config.n_embd + 2 * config.inner_dim)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Executor:
                     if i == 0:
                         view.copy_(grad)
                     else:
-                        view.add_(grad)
+                        accumulate(view, grad)
             self.store.put_gradient(layer, gradient)
         return [loss.item() for loss in losses]
 

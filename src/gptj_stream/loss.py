@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj_stream.batch import IGNORE, ROW_MULTIPLE
+from gptj_stream.token_sums import accumulate
 
 CHUNK_BYTES = 1 << 26
 """Size of a chunk's fp32 logits. 64 MiB is 320 rows of GPT-J's vocabulary."""
@@ -56,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(h_ND.dtype)
                 torch.mm(grad_CV, weight_VD, out=grad_h_ND[chunk])
-                grad_weight_VD += grad_CV.T @ h_ND[chunk]
+                accumulate(grad_weight_VD, grad_CV.T @ h_ND[chunk])
         if differentiate:
             ctx.save_for_backward(grad_h_ND, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(bias_V.dtype))
         return nll_N
