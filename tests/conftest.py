@@ -40,6 +40,12 @@ CPU = torch.device("cpu")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured of this machine is remembered for the tests alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 class Tiny:
     """The helpers of `tiny`, in one class since test modules cannot import one another."""
 
@@ -77,7 +83,7 @@ class Tiny:
             flat = torch.empty(layout.numel)
             for slot, view in layout.views(flat):
                 view.copy_(parameters[slot.name])
-            store.write(layer, {"weight": flat})
+            store.load(layer, flat)
         return store
 
     @staticmethod
@@ -108,7 +114,7 @@ class Tiny:
         return {
             slot.name: view.clone()
             for layer, layout in enumerate(store.layouts)
-            for slot, view in layout.views(store.gradient(layer))
+            for slot, view in layout.views(store.home.fetch_gradient(layer))
         }
 
     @staticmethod

@@ -73,7 +73,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # through links, and `.` has no name of its own
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), _old(path)
+    temporary, old = path.with_name(f".{path.name}.tmp"), set_aside_path(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -94,7 +94,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def set_aside(path: Path) -> Iterator[None]:
     """Move folder `path` away for the block; delete it when the block ends, put it back if that fails."""
     path = path.resolve()
-    path.rename(_old(path))
+    path.rename(set_aside_path(path))
     try:
         yield
     except BaseException:
@@ -110,12 +110,13 @@ def recover(path: Path, *, replaced: bool | None = None) -> None:
         replaced: whether the new folder is whole; by default, if it is there.
     """
     path = path.resolve()
-    old = _old(path)
+    old = set_aside_path(path)
     if old.exists() and not (path.exists() if replaced is None else replaced):
         shutil.rmtree(path, ignore_errors=True)
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _old(path: Path) -> Path:
+def set_aside_path(path: Path) -> Path:
+    """Where a folder lies while another takes its place."""
     return path.with_name(f".{path.name}.old")

@@ -199,7 +199,9 @@ def test_fp16_refuses_what_it_cannot_hold_and_leaves_the_folder_as_it_was(checkp
     config, store = HuggingFaceFolder(checkpoint).config, opened(checkpoint)
     write_folder(tmp_path / "out", config, store, dtype=torch.float16)
     before = stored_tensors(tmp_path / "out")
-    store.read(0)["weight"][0] = 70_000.0  # fp16 ends at 65504
+    weight = store.read(0)["weight"]
+    weight[0] = 70_000.0  # fp16 ends at 65504
+    store.load(0, weight)
     with pytest.raises(UserError, match=r"wte\.weight holds values that F16 cannot; use another --save-dtype"):
         write_folder(tmp_path / "out", config, store, dtype=torch.float16)
     assert_same_bytes(stored_tensors(tmp_path / "out"), before)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from torch import Tensor
 from gptj_stream.config import ModelConfig
 from gptj_stream.errors import UserError
 from gptj_stream.files import new_folder, read_json
-from gptj_stream.layout import Slot
+from gptj_stream.layout import Layout, Slot
 from gptj_stream.report import Report
 from gptj_stream.store import Store
 
@@ -24,6 +25,14 @@ INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _TAGS = {dtype: tag for tag, dtype in _DTYPES.items()}
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older transformers saved beside the weights
+
+
+class _Entry(NamedTuple):
+    """A tensor as its file's header has it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class HuggingFaceFolder:
@@ -46,9 +55,13 @@ class HuggingFaceFolder:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a checkpoint folder: it has no config.json")
         self.config = ModelConfig.from_huggingface(read_json(folder / "config.json"), str(folder / "config.json"))
-        self._files = {path: _open(path) for path in self._weight_files()}
-        self._home = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-        self.dtype = self._dtype("lm_head.weight") if "lm_head.weight" in self._home else torch.float32
+        self._entries: dict[str, _Entry] = {}
+        for path in self._weight_files():
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    there = file.get_slice(name)
+                    self._entries[name] = _Entry(path, tuple(there.get_shape()), there.get_dtype())
+        self.dtype = self._dtype("lm_head.weight") if "lm_head.weight" in self._entries else torch.float32
 
     def load(self, store: Store, report: Report) -> None:
         """Fill the store's weights, one tensor at a time.
@@ -56,31 +69,36 @@ class HuggingFaceFolder:
         Raises:
             UserError: a tensor is missing, unexpected, of another shape or not a number everywhere.
         """
-        self._check_names(slot.name for layout in store.layouts for slot in layout.slots)
+        self.check_names(store.layouts)
         with report.bar(f"load {self.folder.name}", len(store.layouts)) as advance:
             for layer, layout in enumerate(store.layouts):
-                flat = torch.empty(layout.numel, dtype=store.read(layer)["weight"].dtype)
-                for slot, view in layout.views(flat):
-                    view.copy_(self.read(slot))
-                store.write(layer, {"weight": flat})
+                flat = torch.empty(layout.numel)
+                self.read_layer(layout, flat)
+                store.load(layer, flat)
                 advance(layer + 1, "")
+
+    def read_layer(self, layout: Layout, flat: Tensor) -> None:
+        """Fill a layer's buffer, (numel,) of any floating dtype."""
+        for slot, view in layout.views(flat):
+            view.copy_(self.read(slot))
 
     def read(self, slot: Slot) -> Tensor:
         """One tensor as it is stored."""
-        path = self._home[slot.name]
-        shape = tuple(self._files[path].get_slice(slot.name).get_shape())
+        path, shape, _ = self._entries[slot.name]
         if shape != slot.shape:
             raise UserError(f"{path}: {slot.name} has shape {shape}; config.json makes it {slot.shape}")
         self._dtype(slot.name)
-        tensor: Tensor = self._files[path].get_tensor(slot.name)
+        # closed again: the pages of an open file that were read count as this process's memory
+        with _open(path) as file:
+            tensor: Tensor = file.get_tensor(slot.name)
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {slot.name} holds values that are not finite; the file is damaged")
         return tensor
 
     def _dtype(self, name: str) -> torch.dtype:
-        tag = self._files[self._home[name]].get_slice(name).get_dtype()
+        path, _, tag = self._entries[name]
         if tag not in _DTYPES:
-            raise UserError(f"{self._home[name]}: {name} has dtype {tag}; only {', '.join(_DTYPES)} can be read")
+            raise UserError(f"{path}: {name} has dtype {tag}; only {', '.join(_DTYPES)} can be read")
         return _DTYPES[tag]
 
     def _weight_files(self) -> list[Path]:
@@ -96,11 +114,16 @@ class HuggingFaceFolder:
         has = f"has {', '.join(found[:3])} but no" if found else "has no"
         raise UserError(f"{self.folder} {has} {WEIGHTS} or {INDEX}; save the model as safetensors first")
 
-    def _check_names(self, expected_names: Iterable[str]) -> None:
-        expected = set(expected_names)
-        if missing := sorted(expected - self._home.keys()):
+    def check_names(self, layouts: Iterable[Layout]) -> None:
+        """Refuse a checkpoint that lacks a tensor of these layers, or has others.
+
+        Raises:
+            UserError: it does.
+        """
+        expected = {slot.name for layout in layouts for slot in layout.slots}
+        if missing := sorted(expected - self._entries.keys()):
             raise UserError(f"{self.folder}: {_listed(missing)} missing; the checkpoint is not whole")
-        unexpected = sorted(name for name in self._home.keys() - expected if not name.endswith(_OLD_BUFFERS))
+        unexpected = sorted(name for name in self._entries.keys() - expected if not name.endswith(_OLD_BUFFERS))
         if unexpected:
             raise UserError(f"{self.folder}: {_listed(unexpected)} not part of the model that config.json describes")
 
@@ -164,8 +187,10 @@ def _write_weights(folder: Path, store: Store, dtype: torch.dtype, max_shard_siz
 
 
 def _tensors(store: Store, shard: list[tuple[int, Slot]]) -> Iterator[Tensor]:
-    for layer, slot in shard:
-        yield slot.view(store.read(layer)["weight"])
+    for layer, slots in groupby(shard, key=lambda item: item[0]):
+        weights = store.weights(layer)
+        for _, slot in slots:
+            yield slot.view(weights)
 
 
 def _write_safetensors(out: BinaryIO, slots: list[Slot], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:

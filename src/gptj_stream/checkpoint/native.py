@@ -28,7 +28,8 @@ def save_checkpoint(folder: Path, step: int, store: Store, state: dict[str, Any]
         for layer in range(len(store.layouts)):
             file = temporary / f"layer-{layer:03}.safetensors"
             try:
-                save_file(store.read(layer), file)
+                with store.state(layer) as tensors:
+                    save_file(tensors, file)
             except SafetensorError as error:  # the library's word for an OSError
                 raise OSError(f"{file}: {error}") from error
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=2))
@@ -60,8 +61,10 @@ def load_checkpoint(path: Path, store: Store) -> dict[str, Any]:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged or missing: {error}; remove {path.name} to use the one before") from None
-        if tensors.keys() != store.read(layer).keys():
-            raise UserError(f"{file}: holds {', '.join(sorted(tensors))}; expected {', '.join(store.read(layer))}")
+        with store.state(layer) as expected:
+            names = list(expected)
+        if tensors.keys() != set(names):
+            raise UserError(f"{file}: holds {', '.join(sorted(tensors))}; expected {', '.join(names)}")
         for name, tensor in tensors.items():
             if tensor.shape != (layout.numel,):
                 raise UserError(f"{file}: {name} has {tensor.numel()} values; the model's layer has {layout.numel}")

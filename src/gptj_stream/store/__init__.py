@@ -1,6 +1,7 @@
-"""Where the layers live. The executor and the jobs know the interface in `base` alone."""
+"""Where the layers live, and how they come and go."""
 
-from gptj_stream.store.base import Store
-from gptj_stream.store.resident import ResidentStore
+from gptj_stream.store.file_home import FileHome
+from gptj_stream.store.home import Home, MemoryHome, PassiveHome
+from gptj_stream.store.store import ResidentStore, Store, state_parts
 
-__all__ = ["ResidentStore", "Store"]
+__all__ = ["FileHome", "Home", "MemoryHome", "PassiveHome", "ResidentStore", "Store", "state_parts"]
