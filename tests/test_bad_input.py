@@ -344,15 +344,132 @@ def test_more_memory_than_there_is(
         parameters = values["vocab_size"] * (2 * 2**17 + 1) + 50 * (12 * 2**34 + 7 * 2**17) + 2 * 2**17
         if path == preset:
             result = train(model=None, preset=tmp_path / "giant.json", tokenizer=tokenizer_folder)
-            needed = "keeps 16 bytes for each, and "
+            needed = "(file store, compact state) needs "
+            words = "GiB are free; the least at this --sequence-length is --memory ", "GiB of disk, with --micro"
         else:
             shutil.copy(tmp_path / "giant.json", path)
             result = gptj("evaluate", "--model", model, "--data", corpus / "docs.jsonl", "--precision", "fp32")
             needed = f"are 4 bytes each, {4 * parameters / 2**30:.1f} GiB in all; "
-        refused(
-            result, f"{parameters:,} parameters", needed, "GiB are free on c", "use a smaller model or a larger mach"
-        )
+            words = "even layer by layer", "are free; raise --memory or --device-memory, or use a smaller model"
+        refused(result, f"{parameters:,} parameters", needed, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_budgets(gptj: Gptj, train: Gptj, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    refused(train(memory="10MiB"), "needs", "GiB of memory, 0.0 GiB are allowed; the least at this", "is --memory ")
+    refused(gptj("plan", "--model", checkpoint, "--memory", "10MiB"), "GiB of memory, 0.0 GiB are allowed")
+    refused(train(memory="lots"), "'lots' is not a size: write it as 20GiB or 512MiB")
+    refused(train(memory="0"), "memory is '0': input should be greater than 0")
+    refused(train(store="fil"), "store is 'fil': give one of file, or a path such as ./fil")
+    arguments = ("--model", checkpoint, "--data", corpus / "docs.jsonl", "--memory", "10MiB")
+    refused(gptj("evaluate", *arguments), "even layer by layer they need", "raise --memory")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_that_the_message_names_is_enough(train: Gptj) -> None:
+    result = train(memory="10MiB", store="file")
+    least = result.err.partition("is --memory ")[2].partition(",")[0]
+    result = train(memory=least, store="file", micro_batch_size=1, global_batch_size=1)
+    assert result.code == 0, result.err
+
+
+def test_where_a_store_cannot_be(train: Gptj, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(train(store=tmp_path / "file" / "store"), "cannot be made there", "file is a file; use another --store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "state.bin").write_text("somebody's")
+    refused(
+        train(store=tmp_path / "store"), "holds files that are not a store's; give --store an empty or a new folder"
+    )
+    assert (tmp_path / "store" / "state.bin").read_text() == "somebody's"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another(train: Gptj, preset: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert train(store=store, optimizer_state="fp32").code == 0
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    edit = tmp_path / "other.json"
+    shutil.copy(preset, edit)
+    edit_json(edit, n_layer=3)
+    other = {"model": None, "preset": edit, "tokenizer": tokenizer_folder, "output": tmp_path / "other"}
+    result = train(store=store, optimizer_state="fp32", **other)
+    refused(result, store, "of another run", tmp_path / "run", "GPT-J of 2 blocks", "here GPT-J of 3 blocks")
+    result = train(store=store, optimizer_state="compact", output=tmp_path / "third")
+    refused(result, "optimizer_state fp32, here compact", "use another --store, or remove it if that run is not needed")
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    # a run that is overwritten gives its store up
+    assert train("--overwrite", store=store, optimizer_state="compact").code == 0
+    edit_json(store / "store.json", format=99)
+    refused(train("--resume", max_steps=3, store=None), "a store of format 99; this version reads format 1")
+
+
+def test_a_store_that_is_in_use(train: Gptj, gptj_process: Any, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    arguments = (
+        "--model",
+        checkpoint,
+        "--data",
+        corpus / "docs.jsonl",
+        "--output",
+        tmp_path / "first",
+        "--store",
+        store,
+    )
+    process = gptj_process("train", *arguments, "--max-steps", 100_000)
+    deadline = time.monotonic() + 60
+    while not (store / "gradients.bin").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    refused(
+        train("--resume", output=tmp_path / "first", store=None, max_steps=None, data=None, model=None, precision=None),
+        store,
+        "is in use by another process",
+        alone=False,
+    )
+    process.kill()
+    process.communicate()
+
+
+def without(name: str) -> Damage:
+    return lambda store: (store / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda store: cut(store / "store.json", 0.5), "store.json: not valid JSON"),
+        (
+            lambda store: edit_json(store / "store.json", update={"step": 1}),
+            "store.json: damaged (update.learning_rate",
+        ),
+        (lambda store: edit_json(store / "store.json", layers=["a"]), "store.json: damaged (layers.0"),
+        (lambda store: edit_json(store / "store.json", layers=[99]), "store.json: damaged (layers)"),
+        (
+            lambda store: cut(store / "state.bin", 0.9),
+            "state.bin has",
+        ),
+        (lambda store: cut(store / "gradients.bin", 0.9), "gradients.bin has"),
+        (without("gradients.bin"), "gradients.bin is not there"),
+        (without("store.json"), "store's; give --store an empty"),
+        (shutil.rmtree, "the run's store is not there; mount its disk, or begin again with --overwrite"),
+        (
+            lambda store: (store / "state.bin").write_bytes(bytes((store / "state.bin").stat().st_size)),
+            "layer 0 is not there; the file is damaged",
+        ),
+    ],
+)
+def test_a_damaged_store(damage: Damage, words: str, train: Gptj, tmp_path: Path) -> None:
+    assert train(store="file").code == 0
+    damage(tmp_path / "run" / "run" / "store")
+    refused(train("--resume", max_steps=3, store=None), words, alone=False)
+
+
+def test_a_run_that_was_moved_with_its_store(train: Gptj, tmp_path: Path) -> None:
+    assert train(store="file").code == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = train("--resume", max_steps=3, store=None, output=tmp_path / "moved")
+    assert result.code == 0, result.err
+    assert "resumed at step 2" in result.err
 
 
 def test_prompts(gptj: Gptj, checkpoint: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFi
         ("trian", "unknown command 'trian'; did you mean train?"),
         ("tokenizer", "unknown command 'tokenizer'; did you mean tokenizer train?"),
         ("tokenizer trai --data x", "unknown command 'tokenizer'; did you mean tokenizer train?"),
-        ("xyz", "unknown command 'xyz'; the commands are train, prepare, evaluate, generate, tokenizer train"),
+        ("xyz", "unknown command 'xyz'; the commands are plan, train, prepare, evaluate, generate, tokenizer train"),
         ("train --learning-rat 1", "unknown option learning-rat; did you mean learning_rate?"),
         ("train --learning_rat=1", "unknown option learning_rat; did you mean learning_rate?"),
         ("train --max-step 1", "unknown option max-step; did you mean max_steps?"),  # no guessing by prefix

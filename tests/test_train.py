@@ -170,6 +170,64 @@ def test_a_run_in_two_parts_equals_one_in_one(
     assert (parts.step, parts.loss, parts.evaluation) == (whole.step, whole.loss, whole.evaluation)
 
 
+@pytest.mark.parametrize("state", ["fp32", "compact"])
+def test_the_store_makes_no_difference(state: str, from_checkpoint: Start, tmp_path: Path) -> None:
+    outputs = []
+    for store in ("resident", "host", "file", str(tmp_path / "disk" / "store")):
+        name = store.rpartition("/")[2] + str(len(outputs))
+        options = from_checkpoint(
+            store=store, optimizer_state=state, output=tmp_path / name, kept_layers=len(outputs) % 3
+        )
+        outputs.append(train(options).output)
+    for output in outputs[1:]:
+        assert losses(output) == losses(outputs[0])
+        assert losses(output, "grad_norm") == losses(outputs[0], "grad_norm")
+        assert same_weights(output, outputs[0])
+    assert (tmp_path / "disk" / "store" / "state.bin").is_file()
+    assert not list((outputs[2] / "run" / "checkpoints").glob("*"))  # the store is its own checkpoint
+
+
+@pytest.mark.parametrize("state", ["fp32", "compact"])
+def test_a_killed_streamed_run_resumes_to_the_same_bits(
+    state: str, gptj_process: Callable[..., subprocess.Popen[str]], from_checkpoint: Start, tmp_path: Path
+) -> None:
+    """Killed several times, at whatever moment it was in: in a write, an update, a commit."""
+    common = {"max_steps": 40, "store": "file", "optimizer_state": state}
+    whole = train(from_checkpoint(output=tmp_path / "whole", **common)).output
+    config, killed = tmp_path / "killed.yaml", RunFolder(tmp_path / "killed")
+    config.write_text(from_checkpoint(output=killed.root, **common).to_yaml())
+    process = gptj_process("train", "--config", config)
+    kills = 0
+    for step in (3, 11, 24, 31):
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if killed.metrics.exists() and len(killed.metrics.read_text().splitlines()) >= step:
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        process = gptj_process("train", "--output", killed.root, "--resume")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert kills >= 3, "it ended before it could be killed"
+    assert losses(killed.root) == losses(whole)
+    assert same_weights(killed.root, whole)
+
+
+def test_trace(from_checkpoint: Start, tmp_path: Path) -> None:
+    """Every step reads, computes, updates and writes each layer."""
+    train(from_checkpoint(store="file", optimizer_state="compact", max_steps=3, trace=tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    layers = {
+        lane: {e["args"].get("layer") for e in spans if e["cat"] == lane} for lane in ("read", "compute", "update")
+    }
+    assert layers == {key: {0, 1, 2, 3} for key in ("read", "compute", "update")}
+    assert {e["args"]["step"] for e in spans if e["cat"] == "step"} == {1, 2, 3}
+    assert sum(e["cat"] == "compute" for e in spans) == 3 * 7  # four layers there, three back: the head turns around
+
+
 def test_a_killed_run_resumes_to_the_same_bits(
     *,
     gptj_process: Callable[..., subprocess.Popen[str]],

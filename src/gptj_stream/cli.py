@@ -21,18 +21,22 @@ from rich.table import Table
 from gptj_stream.errors import UserError
 from gptj_stream.evaluate import evaluate
 from gptj_stream.generate import continue_prompts, read_prompts
+from gptj_stream.job import plan_run
 from gptj_stream.options import (
     EvaluateOptions,
     GenerateOptions,
     Options,
+    PlanOptions,
     PrepareOptions,
     TokenizerOptions,
     TrainOptions,
     read_yaml,
     unknown_option,
 )
-from gptj_stream.prepare import described, prepare, train_bpe
-from gptj_stream.pretrained import load
+from gptj_stream.plan import described
+from gptj_stream.prepare import described as described_tokens
+from gptj_stream.prepare import prepare, train_bpe
+from gptj_stream.pretrained import open_model
 from gptj_stream.report import ConsoleReport
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.train import train
@@ -52,7 +56,7 @@ def _train(options: TrainOptions) -> None:
 
 def _prepare(options: PrepareOptions) -> None:
     dataset = prepare(options, ConsoleReport())
-    print(described(dataset))
+    print(described_tokens(dataset))
 
 
 def _train_bpe(options: TokenizerOptions) -> None:
@@ -80,7 +84,7 @@ def _evaluate(options: EvaluateOptions, as_json: bool) -> None:
 def _generate(options: GenerateOptions, as_json: bool) -> None:
     """Text appears as it is produced: the first unfinished prompt's at once, the others' when theirs is the turn."""
     prompts = read_prompts(options)
-    model = load(options.model, precision=options.precision, device=options.device, report=ConsoleReport())
+    model = open_model(options, ConsoleReport())
     texts = [""] * len(prompts)
     reasons: dict[int, str] = {}
     showing = 0  # the prompt whose text is appearing
@@ -101,7 +105,12 @@ def _generate(options: GenerateOptions, as_json: bool) -> None:
             showing, shown = showing + 1, 0
 
 
+def _plan(options: PlanOptions) -> None:
+    print(described(*plan_run(options, ConsoleReport())))
+
+
 COMMANDS: dict[str, Command] = {
+    "plan": Command(PlanOptions, _plan),
     "train": Command(TrainOptions, _train),
     "prepare": Command(PrepareOptions, _prepare),
     "evaluate": Command(EvaluateOptions, _evaluate, json=True),

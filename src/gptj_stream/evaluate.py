@@ -17,7 +17,7 @@ from gptj_stream.errors import UserError
 from gptj_stream.executor import Executor
 from gptj_stream.options import EvaluateOptions
 from gptj_stream.prepare import open_data
-from gptj_stream.pretrained import load
+from gptj_stream.pretrained import open_model
 from gptj_stream.report import Advance, Report
 
 
@@ -62,7 +62,7 @@ def evaluate(options: EvaluateOptions, report: Report | None = None) -> Evaluati
         UserError: a folder that is not a checkpoint, bad data, or a sequence length beyond the model's positions.
     """
     report = report or Report()
-    model = load(options.model, precision=options.precision, device=options.device, report=report)
+    model = open_model(options, report)
     sequence_length = checked_sequence_length(options.sequence_length, model.config)
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_data(options.data, model.tokenizer, Path(cache) / "held-out", report)

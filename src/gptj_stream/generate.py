@@ -21,7 +21,7 @@ from gptj_stream.data.tokenizer import Tokenizer
 from gptj_stream.errors import UserError
 from gptj_stream.model import Attention, DocumentAttention
 from gptj_stream.options import GenerateOptions
-from gptj_stream.pretrained import Pretrained, check_memory, load
+from gptj_stream.pretrained import Pretrained, check_memory, open_model
 from gptj_stream.seeding import derived_seed
 
 
@@ -51,7 +51,7 @@ def generate(options: GenerateOptions, model: Pretrained | None = None) -> list[
     """
     prompts = read_prompts(options)
     texts = [""] * len(prompts)
-    for piece in continue_prompts(prompts, options, model or _load(options)):
+    for piece in continue_prompts(prompts, options, model or open_model(options)):
         texts[piece.index] += piece.text
     return texts
 
@@ -62,7 +62,7 @@ def stream(options: GenerateOptions, model: Pretrained | None = None) -> Iterato
     Raises:
         UserError: no checkpoint, or as `read_prompts` and `continue_prompts`.
     """
-    return continue_prompts(read_prompts(options), options, model or _load(options))
+    return continue_prompts(read_prompts(options), options, model or open_model(options))
 
 
 def continue_prompts(prompts: Sequence[str], options: GenerateOptions, model: Pretrained) -> Iterator[Piece]:
@@ -88,10 +88,6 @@ def continue_prompts(prompts: Sequence[str], options: GenerateOptions, model: Pr
             store.device,
         )
     return chain.from_iterable(_continue_group(model, first, group, options) for first, group in groups.items())
-
-
-def _load(options: GenerateOptions) -> Pretrained:
-    return load(options.model, precision=options.precision, device=options.device)
 
 
 def _encode(prompt: str, which: str, options: GenerateOptions, model: Pretrained) -> list[int]:

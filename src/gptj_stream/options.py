@@ -6,6 +6,7 @@ The command line, `--config` files, the help texts and the `config.yaml` that a 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -21,12 +22,37 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "constant"]
 PackingMode = Literal["concat", "documents", "none"]
 LongDocuments = Literal["split", "drop"]
+OptimizerState = Literal["auto", "fp32", "compact"]
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 def _tuple_of_one(value: object) -> object:
     return (value,) if isinstance(value, str | Path) else value
 
+
+_UNITS = {unit: 1024 ** (1 + place) for place, unit in enumerate("KMGT")}
+
+
+def _bytes(value: object) -> object:
+    """Bytes of `20GiB`, `20GB`, `20G` (the same: what memory is sold as), `512MiB`, or a plain number."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9]{1,18}\.?[0-9]{0,18}) *(?:([KMGT])(?:i?B)?|B)?", value.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{value!r} is not a size: write it as 20GiB or 512MiB")
+    return int(float(match[1]) * _UNITS.get((match[2] or "").upper(), 1))
+
+
+def _store(value: str) -> str:
+    if value not in STORES and not re.search(r"[/\\.]", value):
+        nearest = difflib.get_close_matches(value, STORES, n=1) or STORES
+        raise ValueError(f"store is {value!r}: give one of {', '.join(nearest)}, or a path such as ./{value}")
+    return value
+
+
+STORES = ("auto", "resident", "host", "file")
+Size = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+StorePlace = Annotated[str, AfterValidator(_store)]
 
 # in a file, one value needs no brackets
 Sources = Annotated[tuple[Path, ...], BeforeValidator(_tuple_of_one), Field(min_length=1)]
@@ -35,6 +61,10 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 DEVICE = "Where to compute: a CUDA device if there is one, else the CPU."
 PRECISION = "Arithmetic of the model; `auto` is bf16 where the device multiplies it natively, else fp32."
 SEQUENCE_LENGTH = "Tokens a sequence; default: the model's n_positions, at most 2048."
+MODEL_MEMORY = (
+    "Limit of this process's memory, such as 8GiB; a model that does not fit is read layer by layer in every pass. "
+    "Default: what is free."
+)
 
 
 class Options(BaseModel):
@@ -159,14 +189,30 @@ class TrainOptions(Options):
         None, ge=0, lt=1, description="Of embedding, residual and attention; default: the checkpoint's own rates."
     )
 
-    precision: Precision = Field("auto", description=PRECISION + " Weights and optimizer state stay fp32.")
+    precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)
+    optimizer_state: OptimizerState = Field(
+        "auto",
+        description="`fp32`: weights and moments in fp32, 16 bytes a parameter; `compact`: 24-bit weights and 8-bit "
+        "moments, 7.1 bytes, on the CPU. Default: fp32 where it fits in memory.",
+    )
+    store: StorePlace = Field(
+        "auto",
+        description="Where weights, gradients and optimizer state live: `resident` (on the device), `host` (in RAM), "
+        "`file` (in the run folder), or a folder on a fast disk; `auto`: the first of these that fits.",
+    )
+    memory: Size | None = Field(
+        None, description="Hard limit of this process's memory, such as 20GiB; default: nearly all that is free."
+    )
+    device_memory: Size | None = Field(
+        None, description="Hard limit of the CUDA device's memory; default: nearly all that is free."
+    )
     kept_layers: int | None = Field(
         None,
         ge=0,
         description="Blocks that keep their activations for the backward pass; the others compute them again "
         "(activation checkpointing, also called gradient checkpointing). "
-        "Default: as many as fit in half of the free memory.",
+        "Default: as the plan finds fastest within the memory.",
     )
 
     eval_data: Sources | None = Field(None, description="Held-out data, in any form that --data takes.")
@@ -180,8 +226,15 @@ class TrainOptions(Options):
     save_dtype: SaveDtype = Field(
         "auto", description="Of the exported weights; `auto`: as in --model, float32 for fresh weights."
     )
+    trace: Path | None = Field(
+        None, description="Write a Chrome/Perfetto trace of the first steps: what was read, computed and written when."
+    )
     resume: bool = Field(False, description="Continue the run in --output from its newest checkpoint.")
     overwrite: bool = Field(False, description="Delete a run that is already in --output.")
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -190,7 +243,7 @@ class TrainOptions(Options):
                 raise ValueError(f"{name} and {other} contradict each other: give one of them")
         if self.model is None and self.preset is None:
             raise ValueError("give either --model (continue from a checkpoint) or --preset (fresh weights)")
-        if self.preset is not None and self.tokenizer is None:
+        if self.preset is not None and self.tokenizer is None and self.needs_tokenizer:
             raise ValueError("--preset starts without a tokenizer: add --tokenizer FOLDER")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -201,6 +254,19 @@ class TrainOptions(Options):
         if self.eval_steps is not None and self.eval_data is None:
             raise ValueError(f"eval_steps {self.eval_steps} needs --eval-data")
         return self
+
+
+class PlanOptions(TrainOptions):
+    """Say what a training run will need, whether it fits and how long it takes. Takes the options of train."""
+
+    data: Sources | None = Field(None, description="Not read; training's own.")  # type: ignore[assignment]
+    output: Path = Field(Path(), description="Run folder; its disk is what is measured. Default: this folder.")
+    tokenizer: Path | None = Field(None, description="Not read; training's own.")
+    refresh: bool = Field(False, description="Measure this machine again.")
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return False
 
 
 class PrepareOptions(Options):
@@ -238,6 +304,8 @@ class EvaluateOptions(Options):
     micro_batch_size: int = Field(8, ge=1, description="Sequences that pass through a layer at once.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)
+    memory: Size | None = Field(None, description=MODEL_MEMORY)
+    device_memory: Size | None = Field(None, description="The same of the CUDA device's memory.")
 
 
 class GenerateOptions(Options):
@@ -257,6 +325,8 @@ class GenerateOptions(Options):
     seed: int = Field(0, ge=0, lt=2**31, description="Of sampling; each prompt draws its own numbers.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)
+    memory: Size | None = Field(None, description=MODEL_MEMORY)
+    device_memory: Size | None = Field(None, description="The same of the CUDA device's memory.")
 
     @model_validator(mode="after")
     def _has_prompt(self) -> Self:

@@ -2,15 +2,19 @@
 
 RUN/                 the result, in Hugging Face layout, once the run has ended
 RUN/run/config.yaml  the resolved options
+RUN/run/id.json      a name of its own, by which its store is known, and that of the run it replaced
 RUN/run/metrics.jsonl, tensorboard/
 RUN/run/checkpoints/ resumable state
 RUN/run/best/step-N  weights of the lowest evaluation loss so far, in Hugging Face layout
+RUN/run/store/       a file store, where --store names no other place
 RUN/run/tokens/      the data's tokens, where --data named text
 """
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from gptj_stream.errors import UserError
-from gptj_stream.files import recover, set_aside, sync_folder, write_text
-from gptj_stream.options import TrainOptions, read_yaml
+from gptj_stream.files import read_json, recover, set_aside, sync_folder, write_text
+from gptj_stream.options import STORES, TrainOptions, read_yaml
 
 # What a resumed run may change without becoming another run.
 _FREE_TO_CHANGE = {
-    "max_steps", "epochs", "micro_batch_size", "kept_layers", "device", "learning_rate", "min_learning_rate",
-    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "export",
-    "resume", "overwrite", "output",
+    "max_steps", "epochs", "micro_batch_size", "kept_layers", "learning_rate", "min_learning_rate",
+    "device", "memory", "device_memory", "trace", "eval_steps", "save_steps", "save_total_limit", "logging_steps",
+    "export", "resume", "overwrite", "output",
 }  # fmt: skip
 
 
@@ -34,6 +38,7 @@ class RunFolder:
         self.root = root
         self.internal = root / "run"
         self.config = self.internal / "config.yaml"
+        self.id = self.internal / "id.json"
         self.metrics = self.internal / "metrics.jsonl"
         self.tensorboard = self.internal / "tensorboard"
         self.checkpoints = self.internal / "checkpoints"
@@ -63,25 +68,40 @@ class RunFolder:
             raise UserError(f"{self.root} holds files that are not a run's; use another --output")
         if overwrite and (inside := [path for path in inputs if path.resolve().is_relative_to(self.root.resolve())]):
             raise UserError(f"--overwrite would delete {inside[0]}, which the run reads; use another --output")
+        old = self.identity()
         with set_aside(self.root) if overwrite and self.root.is_dir() else nullcontext():
             try:
                 self.internal.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{self.root}: cannot be made ({error.strerror}); use another --output") from None
+            identity = {"run": secrets.token_hex(8), "replaces": old["run"]}
             try:
+                write_text(self.id, json.dumps(identity))
                 yield
             except BaseException:
                 with suppress(OSError):  # tokens that are already made stay: the next try uses them
+                    self.id.unlink()
                     self.internal.rmdir()
                     self.root.rmdir()
                 raise
+
+    def identity(self) -> dict[str, str | None]:
+        """The run's own name (`run`), and that of the run it overwrote (`replaces`)."""
+        if not self.id.is_file():
+            return {"run": None, "replaces": None}
+        values = read_json(self.id)
+        return {"run": values.get("run"), "replaces": values.get("replaces")}
+
+    def has_steps(self) -> bool:
+        """Whether a step's metrics were written."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
     def _holds_tokens_at_most(self) -> bool:
         """Nothing, or what a run leaves that ended before it kept its options. The next one uses the tokens."""
         if not self.root.is_dir():
             return True
         inside = [*self.root.iterdir(), *(self.internal.iterdir() if self.internal.is_dir() else ())]
-        return {self.internal, self.tokens}.issuperset(inside)
+        return {self.internal, self.tokens, self.id}.issuperset(inside)
 
     def saved_options(self) -> TrainOptions:
         """The options that the run was started with.
@@ -108,7 +128,7 @@ class RunFolder:
             UserError: an option that would make it another run; the message names each with both values.
         """
         saved = self.saved_options()
-        values = {name: _absolute(value) for name, value in given if name in given.model_fields_set}
+        values = {name: _absolute(name, value) for name, value in given if name in given.model_fields_set}
         differing = {
             name: value
             for name, value in values.items()
@@ -121,7 +141,7 @@ class RunFolder:
 
     def keep_options(self, options: TrainOptions) -> None:
         """With absolute paths, so that the run can be resumed from anywhere."""
-        absolute = {name: _absolute(value) for name, value in options}
+        absolute = {name: _absolute(name, value) for name, value in options}
         write_text(self.config, options.model_copy(update=absolute).to_yaml())
 
     def publish(self, folder: Path) -> None:
@@ -146,9 +166,10 @@ class RunFolder:
         sync_folder(self.root)
 
 
-def _absolute(value: object) -> object:
+def _absolute(name: str, value: object) -> object:
     if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    if isinstance(value, str) and value.endswith(".json"):  # a preset that is a file
+        return tuple(_absolute(name, each) for each in value)
+    is_path = {"preset": str(value).endswith(".json"), "store": value not in STORES}.get(name, False)
+    if isinstance(value, str) and is_path:
         return str(Path(value).resolve())
     return value.resolve() if isinstance(value, Path) else value

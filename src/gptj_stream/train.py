@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from gptj_stream.checkpoint.huggingface import write_folder
 from gptj_stream.checkpoint.native import save_checkpoint
@@ -17,13 +16,13 @@ from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.errors import UserError
 from gptj_stream.evaluate import Evaluation, HeldOut, evaluate_on
 from gptj_stream.executor import Executor
-from gptj_stream.job import Job, Progress, open_job, open_store
+from gptj_stream.job import Job, Progress, open_job, open_store, run_state, saved_dtype
 from gptj_stream.machine import gemm_flops, peak_memory
 from gptj_stream.metrics import MetricsLog
 from gptj_stream.optim import Update, clip_coefficient, scheduled_learning_rate
 from gptj_stream.options import TrainOptions
 from gptj_stream.report import Advance, Report, gib
-from gptj_stream.store import Store
+from gptj_stream.store import FileHome, Store
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,31 @@ def train(options: TrainOptions, report: Report | None = None) -> TrainResult:
     """
     job = open_job(options, report or Report())
     store, progress = open_store(job)
-    return _Loop(job, store, progress).run()
+    with closing(store):
+        return _Loop(job, store, progress).run()
+
+
+_TRACED_STEPS = 3
+"""A trace's file is written after each of the first steps; in the later ones it would say the same."""
+
+
+class _Ceiling:
+    """Matrix products' FLOP/s, timed again every few minutes: processes and virtual machines share what there is."""
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self._measure = measure
+        self._value, self._timed = measure(), time.monotonic()
+
+    def __call__(self) -> float:
+        """The mean of the last two timings, if one is due, else the last."""
+        if time.monotonic() - self._timed < _CEILING_SECONDS:
+            return self._value
+        before, self._value = self._value, self._measure()
+        self._timed = time.monotonic()
+        return (before + self._value) / 2
+
+
+_CEILING_SECONDS = 180
 
 
 class _Loop:
@@ -62,31 +85,44 @@ class _Loop:
         self.options = job.options
         dropout = self.options.dropout
         config = job.config if dropout is None else job.config.with_dropout(dropout)
-        self.executor = Executor(config, store, kept_layers=job.kept_layers, seed=self.options.seed)
+        self.executor = Executor(config, store, kept_layers=job.plan.kept_layers, seed=self.options.seed)
         self.evaluation: Evaluation | None = None
 
     def run(self) -> TrainResult:
         job, progress = self.job, self.progress
-        ceiling = gemm_flops(job.device, self.store.dtype, job.config.n_embd)
+        ceiling = _Ceiling(lambda: gemm_flops(job.plan.device, self.store.dtype, job.config.n_embd))
+        plan = job.plan
+        planned = {
+            "planned_seconds": sum(plan.seconds(job.speed).values()),
+            "planned_memory": sum((plan.device_memory() or plan.memory()).values()),
+        }
         log = MetricsLog(job.folder.metrics, job.folder.tensorboard, after_step=progress.step)
         with log, job.report.bar("train", job.steps, steps=True, every=self.options.logging_steps) as advance:
-            for step in range(progress.step + 1, job.steps + 1):
+            first = progress.step + 1
+            if progress.step:  # a store goes on from its last step, which may have been killed in its evaluation
+                self._evaluate_if_due(progress.step, log, advance)
+            for step in range(first, job.steps + 1):
                 started = time.perf_counter()
-                metrics, flops = self._step(step)
+                self.store.trace.reset()
+                with self.store.trace.span("step", "step", step=step):
+                    metrics, flops = self._step(step)
                 seconds = time.perf_counter() - started
                 metrics |= {
                     "tokens_per_second": metrics["tokens"] / seconds,
                     "seconds": seconds,
-                    "gemm_share": flops / seconds / ceiling,
-                    "peak_memory": peak_memory(job.device),
+                    "gemm_share": flops / seconds / ceiling(),
+                    "peak_memory": peak_memory(job.plan.device),
+                    **planned,
+                    "wait_seconds": self.store.trace.seconds("wait"),
+                    "update_seconds": self.store.trace.seconds("update"),
                     "epoch": job.batches.epoch,
                 }
+                if self.options.trace and step <= first + _TRACED_STEPS:
+                    self.store.trace.write(self.options.trace)
                 log.write(step, metrics)
                 advance(step, _line(metrics))
-                last = step == job.steps
-                if job.held_out and (last or step % job.eval_steps == 0):
-                    log.write(step, self._evaluate(job.held_out, step, advance))
-                if last or step % job.save_steps == 0:
+                self._evaluate_if_due(step, log, advance)
+                if step == job.steps or step % job.save_steps == 0:
                     self._save()
         return TrainResult(
             self.options.output, progress.step, progress.loss, self.evaluation, exported_step=self._export()
@@ -111,9 +147,10 @@ class _Loop:
             total_steps=self.job.steps,
             schedule=options.lr_scheduler_type,
         )
-        self.store.apply(Update(step, learning_rate, clip_coefficient(norm, options.max_grad_norm)))
         targets = sum(batch.target_count for batch in batches)
         self.progress.step, self.progress.loss = step, sum(losses) / targets
+        update = Update(step, learning_rate, clip_coefficient(norm, options.max_grad_norm))
+        self.store.apply(update, run_state(self.job, self.progress))
         metrics = {
             "loss": self.progress.loss,
             "learning_rate": learning_rate,
@@ -139,6 +176,12 @@ class _Loop:
             f"from an older checkpoint if {self.job.folder.checkpoints} has its newest removed"
         )
 
+    def _evaluate_if_due(self, step: int, log: MetricsLog, advance: Advance) -> None:
+        job = self.job
+        due = step == job.steps or step % job.eval_steps == 0
+        if job.held_out and due and self.progress.evaluated_step < step:
+            log.write(step, self._evaluate(job.held_out, step, advance))
+
     def _evaluate(self, held_out: HeldOut, step: int, advance: Advance) -> dict[str, float]:
         self.evaluation = evaluate_on(
             held_out,
@@ -155,6 +198,9 @@ class _Loop:
         if self.options.export == "best" and (best is None or loss < best):
             self.progress.best_loss, self.progress.best_step = loss, step
             self._write(self._best())
+        self.progress.evaluated_step = step
+        if isinstance(self.store.home, FileHome):
+            self._save()
         return {
             "eval_loss": loss,
             "eval_perplexity": self.evaluation.perplexity,
@@ -165,9 +211,12 @@ class _Loop:
         return self.job.folder.best / f"step-{self.progress.best_step:08}"
 
     def _save(self, limit: int | None = None) -> None:
-        state = {"data": self.job.batches.state_dict(), "progress": asdict(self.progress)}
-        limit = limit or self.options.save_total_limit
-        save_checkpoint(self.job.folder.checkpoints, self.progress.step, self.store, state, limit)
+        state = run_state(self.job, self.progress)
+        if isinstance(self.store.home, FileHome):
+            self.store.home.annotate(state)  # the store is its own checkpoint
+        else:
+            limit = limit or self.options.save_total_limit
+            save_checkpoint(self.job.folder.checkpoints, self.progress.step, self.store, state, limit)
         # the best weights of before can go only now that no checkpoint to resume from names them
         for other in set(self.job.folder.best.glob("step-*")) - {self._best()}:
             shutil.rmtree(other)
@@ -184,17 +233,11 @@ class _Loop:
 
     def _write(self, folder: Path) -> None:
         source = self.job.source
-        dtype = {
-            "auto": source.dtype if source else torch.float32,
-            "float32": torch.float32,
-            "float16": torch.float16,
-            "bfloat16": torch.bfloat16,
-        }[self.options.save_dtype]
         write_folder(
             folder,
             self.job.config,
             self.store,
-            dtype=dtype,
+            dtype=saved_dtype(self.options, source),
             carried_files=tokenizer_files.files(self.job.tokenizer_folder),
             source=source.folder if source else None,
         )

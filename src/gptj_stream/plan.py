@@ -1,0 +1,476 @@
+"""What a training run will need, before it starts: where everything lives, memory, disk, bytes moved, seconds a step.
+
+The figures follow from shapes and from what this machine was measured to do (`speed`). Documents are taken to be as
+long as a sequence, and every position to carry loss: the most that a step can cost.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from gptj_stream.config import ModelConfig
+from gptj_stream.errors import UserError
+from gptj_stream.executor import block_activation_bytes, model_layouts
+from gptj_stream.files import set_aside_path
+from gptj_stream.layout import Layout
+from gptj_stream.machine import free_memory
+from gptj_stream.optim import AdamW, Part
+from gptj_stream.options import TrainOptions
+from gptj_stream.report import Report, gib
+from gptj_stream.speed import Speed, measure
+from gptj_stream.store import state_parts
+from gptj_stream.store.file_home import buffer_bytes, file_bytes
+
+Kind = Literal["resident", "host", "file"]
+CPU = torch.device("cpu")
+
+_PROGRAM = 100 << 20
+"""What the program itself still grows by: compiled kernels, threads' stacks, what the allocator holds back."""
+
+_ALLOCATED = 1.03
+"""Kept tensors with the small ones beside them (statistics of norm and softmax) and the allocator's rounding."""
+
+_LOSS_CHUNKS = 3 << 26
+"""A chunk's logits in the passes' dtype and in fp32, and its gradient (loss.CHUNK_BYTES each at the most)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run, and what it takes.
+
+    Attributes:
+        kind: where weights, gradients and optimizer state live.
+        kept_layers: how many blocks keep their activations.
+        in_memory: of how many layers a file store keeps the weights in memory as well.
+        folder: the file store's.
+        output: the run folder.
+        program_bytes: of memory that the program takes before it opens the model.
+        result_bytes: of the weights that the run leaves there, the best and the last where it evaluates.
+    """
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    optimizer: AdamW
+    kind: Kind
+    sequence_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    folder: Path
+    output: Path
+    result_bytes: int
+    program_bytes: int
+    kept_layers: int = 0
+    in_memory: int = 0
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        return model_layouts(self.config)
+
+    @cached_property
+    def parts(self) -> list[dict[str, Part]]:
+        return state_parts(self.layouts, self.dtype, self.optimizer)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether weights travel between two memories."""
+        return self.device.type != "cpu" and self.kind != "resident"
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.global_batch_size // self.micro_batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def layers_in_memory(self) -> range:
+        """The last ones: the backward pass begins with those that the forward pass ends with."""
+        return range(len(self.layouts) - self.in_memory, len(self.layouts))
+
+    @cached_property
+    def state_bytes(self) -> int:
+        return sum(part.nbytes for layer in self.parts for part in layer.values())
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        return self.config.parameters * self.optimizer.gradient_dtype.itemsize
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """What a pass streams."""
+        return sum(layer["weight"].nbytes for layer in self.parts)
+
+    @cached_property
+    def cached_bytes(self) -> int:
+        """Weights that a file store need not read."""
+        return sum(self.parts[layer]["weight"].nbytes for layer in self.layers_in_memory)
+
+    def memory(self) -> dict[str, int]:
+        """The most CPU memory, by what holds it."""
+        uses = {"program": self.program_bytes}
+        if self.kind == "file":
+            uses["buffers of the store"] = buffer_bytes(self.parts, self.optimizer.gradient_dtype)
+            uses["weights kept at hand"] = self.cached_bytes
+        elif self.kind == "host" or self.device.type == "cpu":
+            uses["weights and optimizer state"] = self.state_bytes
+            uses["gradients"] = self.gradient_bytes
+        if self.device.type == "cpu":
+            uses |= self._computing()
+        return {what: nbytes for what, nbytes in uses.items() if nbytes}
+
+    def device_memory(self) -> dict[str, int]:
+        """The most memory of a CUDA device, by what holds it; nothing on a CPU."""
+        if self.device.type == "cpu":
+            return {}
+        uses = {}
+        if self.kind == "resident":
+            uses = {"weights and optimizer state": self.state_bytes, "gradients": self.gradient_bytes}
+        return uses | self._computing()
+
+    def disk(self) -> dict[str, int]:
+        """Space that the run takes on disks, by what for."""
+        if self.kind == "file":
+            return {"store": file_bytes(self.parts, self.optimizer.gradient_dtype), "result": self.result_bytes}
+        return {"two checkpoints": 2 * self.state_bytes, "result": self.result_bytes}
+
+    def place(self, what: str) -> Path:
+        """The folder of one of `disk`'s uses."""
+        return self.folder if what == "store" else self.output
+
+    def moved(self) -> dict[str, int]:
+        """Bytes that travel in a step, by between what."""
+        moved = {}
+        if self.kind == "file":
+            # the update's pass over the state, with the gradients; the backward pass's over the weights
+            moved["disk read"] = self.state_bytes + self.gradient_bytes + self.weight_bytes - 2 * self.cached_bytes
+            moved["disk written"] = self.state_bytes + self.gradient_bytes
+        if self.crosses:
+            moved["to the device"] = 2 * self.config.parameters * self.dtype.itemsize
+            moved["from the device"] = self.gradient_bytes
+        return moved
+
+    def seconds(self, speed: Speed) -> dict[str, float]:
+        """Of a step, by what they are spent on; `waiting` is what transfers take longer than what they hide behind."""
+        n, kept = self.config.n_layer, self.kept_layers
+        forward = (n - kept) * speed.block_forward + kept * speed.block_forward_kept
+        backward = n * speed.block_backward + speed.head
+        again = (n - kept) * speed.block_forward_kept
+        forward, backward, again = (self.micro_batches * each for each in (forward, backward, again))
+        embed = self.micro_batches * speed.embed
+        update = self.config.parameters * speed.update
+        # a gradient is read for its norm, and read and written once more when it is rounded
+        gradients = self.config.parameters * (4 + 4 + self.optimizer.gradient_dtype.itemsize) / speed.copy
+        casts = 0.0
+        if not self.crosses and self.parts[0]["weight"].dtype != self.dtype:
+            casts = 2 * self.config.parameters * (4 + self.dtype.itemsize) / speed.copy
+        device = {"forward": forward, "backward": backward + embed, "computing again": again}
+        host = {"update": update, "gradients": gradients, "casts": casts}
+        waiting = 0.0
+        if self.device.type == "cpu":  # one after the other, the disk beside
+            there, back = forward + update, backward + embed + again + gradients
+            waiting = max(0.0, self._disk(speed, forward=True) - there) + max(
+                0.0, self._disk(speed, forward=False) - back
+            )
+        elif self.crosses:  # the update is made on the way to the device
+            assert speed.bus
+            there = update + self._disk(speed, forward=True) + self.weight_bytes / speed.bus
+            back = self._disk(speed, forward=False) + (self.weight_bytes + self.gradient_bytes) / speed.bus
+            waiting = max(0.0, there - forward) + max(0.0, back - backward - embed - again)
+            host = {}
+        return {what: value for what, value in {**device, **host, "waiting": waiting}.items() if value}
+
+    def bound(self, speed: Speed) -> str:
+        """What decides the time of a step."""
+        seconds = self.seconds(speed)
+        if seconds.get("waiting", 0.0) > 0.05 * sum(seconds.values()):
+            if self.kind == "file":
+                return "disk"
+            return "bus" if self.config.parameters * speed.update < self.weight_bytes / (speed.bus or 1) else "update"
+        return "update" if seconds.get("update", 0.0) > 0.5 * sum(seconds.values()) else "compute"
+
+    def _disk(self, speed: Speed, *, forward: bool) -> float:
+        """Seconds that the disk needs in one of the passes."""
+        if self.kind != "file":
+            return 0.0
+        assert speed.disk_read
+        assert speed.disk_write
+        if forward:
+            read, written = self.state_bytes + self.gradient_bytes - self.cached_bytes, self.state_bytes
+        else:
+            read, written = self.weight_bytes - self.cached_bytes, self.gradient_bytes
+        return read / speed.disk_read + written / speed.disk_write
+
+    def _computing(self) -> dict[str, int]:
+        """Memory of the device that computes, whatever the store."""
+        config, size = self.config, self.dtype.itemsize
+        largest = max(layout.numel for layout in self.layouts)
+        uses = {"gradient being summed": 4 * largest}
+        if self.crosses:
+            uses["weights and a gradient on their way"] = (2 * size + self.optimizer.gradient_dtype.itemsize) * largest
+        elif self.parts[0]["weight"].dtype != self.dtype:
+            uses["weights cast"] = size * largest
+        uses["inputs of every layer"] = (config.n_layer + 2) * self.tokens * config.n_embd * size
+        kept = self.kept_layers * block_activation_bytes(config, self.tokens, self.dtype)
+        uses["kept activations"] = int(_ALLOCATED * kept)
+        uses["one layer's work"] = self._working()
+        return uses
+
+    def _working(self) -> int:
+        """What the passes of one layer and micro-batch hold at the most, and give back."""
+        config, size = self.config, self.dtype.itemsize
+        tokens = self.micro_batch_size * self.sequence_length
+        # Matrix kernels pack a weight into a layout of their own: a block's largest whole, the vocabulary's by halves
+        # (measured). The vocabulary's gradient is summed in fp32, then rounded.
+        vocabulary = config.vocab_size * config.n_embd * (4 + 3 * size // 2) + 4 * tokens * config.n_embd * size
+        recorded = block_activation_bytes(config, tokens, self.dtype) * (self.kept_layers < config.n_layer)
+        wide = tokens * size * (2 * config.inner_dim + 4 * config.n_embd)
+        packed = config.inner_dim * config.n_embd * size
+        return max(vocabulary + _LOSS_CHUNKS, recorded + wide + packed + config.block_parameters * size)
+
+
+def fitting_plan(
+    options: TrainOptions,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    sequence_length: int,
+    saved_dtype: torch.dtype,
+) -> Plan:
+    """The first way to run, of those that the options leave open, that fits with what there is.
+
+    Args:
+        saved_dtype: of the weights that the run leaves.
+
+    Raises:
+        UserError: none does; the message says what the smallest one needs.
+    """
+    limits = _Limits.of(options, device)
+    base = Plan(
+        config=config,
+        device=device,
+        dtype=dtype,
+        optimizer=_optimizer(options, "fp32"),
+        kind="resident",
+        sequence_length=sequence_length,
+        micro_batch_size=min(options.micro_batch_size, options.global_batch_size),
+        global_batch_size=options.global_batch_size,
+        folder=store_folder(options),
+        output=options.output,
+        result_bytes=config.parameters * saved_dtype.itemsize * (2 if options.eval_data else 1),
+        program_bytes=_program_bytes(),
+        kept_layers=min(options.kept_layers or 0, config.n_layer),
+    )
+    ways = list(_ways(base, options))
+    plan = next(filter(limits.allow, ways), None)
+    if plan is None:
+        raise _too_small(ways[-1], limits)
+    return plan
+
+
+def fastest_plan(plan: Plan, options: TrainOptions, report: Report, *, refresh: bool = False) -> tuple[Plan, Speed]:
+    """The plan, with its memory used as makes a step fastest on this machine, which is measured first."""
+    speed = measure(
+        plan.config,
+        device=plan.device,
+        dtype=plan.dtype,
+        lengths=(plan.sequence_length,) * plan.micro_batch_size,
+        optimizer=plan.optimizer,
+        folder=plan.folder if plan.kind == "file" else None,
+        state_device=plan.device if plan.kind == "resident" else CPU,
+        refresh=refresh,
+        report=report,
+    )
+    plan = replace(plan, program_bytes=_program_bytes())
+    limits = _Limits.of(options, plan.device)
+    counts = range(plan.config.n_layer + 1) if options.kept_layers is None else (plan.kept_layers,)
+    ways = [way for kept in counts if (way := _with_weights_at_hand(replace(plan, kept_layers=kept), limits))]
+    # of equally fast ones the one that takes least memory
+    return min(ways, key=lambda way: (sum(way.seconds(speed).values()), way.kept_layers), default=plan), speed
+
+
+def _program_bytes() -> int:
+    return int(psutil.Process().memory_info().rss) + _PROGRAM
+
+
+def store_folder(options: TrainOptions) -> Path:
+    """Where a file store is or would be."""
+    if options.store in ("auto", "resident", "host", "file"):
+        return options.output / "run" / "store"
+    return Path(options.store)
+
+
+def _optimizer(options: TrainOptions, state: str) -> AdamW:
+    values: dict[str, Any] = {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
+        "decay_vectors": options.decay_vectors,
+    }
+    if state == "fp32":
+        return AdamW(**values)
+    from gptj_stream.optim.compact import CompactAdamW  # noqa: PLC0415  (numba takes a second, and few need it)
+
+    return CompactAdamW(**values, seed=options.seed)
+
+
+def _ways(base: Plan, options: TrainOptions) -> Iterator[Plan]:
+    """What the options leave open, in the order of preference: fp32 before compact, nearer before farther."""
+    kinds: list[Kind]
+    if options.store in ("resident", "host", "file"):
+        kinds = [options.store]  # type: ignore[list-item]
+    elif options.store == "auto":
+        kinds = ["resident", "file"] if base.device.type == "cpu" else ["resident", "host", "file"]
+    else:
+        kinds = ["file"]
+    states = ["fp32", "compact"] if options.optimizer_state == "auto" else [options.optimizer_state]
+    for kind in kinds:
+        for state in states:
+            # a file of 16 bytes a parameter is slower than one of 7, and no better for what it is used for
+            skipped = kind == "file" and state == "fp32" and len(states) > 1
+            on_device = kind == "resident" and base.device.type != "cpu" and state == "compact"
+            if on_device and len(states) == 1 and len(kinds) == 1:
+                raise UserError(
+                    "optimizer_state 'compact' is updated by the CPU: give --store host or file, "
+                    "or --optimizer-state fp32"
+                )
+            if not (skipped or on_device):
+                yield replace(base, kind=kind, optimizer=_optimizer(options, state))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    memory: int
+    device_memory: int
+    asked: bool
+
+    @classmethod
+    def of(cls, options: TrainOptions, device: torch.device) -> _Limits:
+        """What the options allow, as far as it is there; by default all but a tenth of what is free."""
+        free = psutil.Process().memory_info().rss + free_memory(CPU)
+        memory = min(options.memory or int(0.9 * free), free)
+        on_device = 0
+        if device.type != "cpu":
+            free_there = free_memory(device)
+            on_device = min(options.device_memory or int(0.9 * free_there), free_there)
+        return cls(memory, on_device, asked=memory == options.memory)
+
+    def allow(self, plan: Plan) -> bool:
+        return not self.missing(plan)
+
+    def missing(self, plan: Plan) -> str:
+        """What the plan needs more of than there is, and how much; empty if it fits."""
+        memory, on_device = sum(plan.memory().values()), sum(plan.device_memory().values())
+        if memory > self.memory:
+            return f"{gib(memory)} of memory, {gib(self.memory)} {'are allowed' if self.asked else 'are free'}"
+        if on_device > self.device_memory:
+            return f"{gib(on_device)} of {plan.device}'s memory, {gib(self.device_memory)} are there"
+        uses = plan.disk()
+        disks: dict[int, list[str]] = {}
+        for what in uses:
+            disks.setdefault(_existing(plan.place(what)).stat().st_dev, []).append(what)
+        for whats in disks.values():
+            needed, place = sum(uses[what] for what in whats), plan.place(whats[0])
+            free = shutil.disk_usage(_existing(place)).free + _replaced_bytes(plan)
+            if needed > free:
+                return f"{gib(needed)} of disk in {place} ({' and '.join(whats)}), {gib(free)} are free"
+        return ""
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+
+
+def _replaced_bytes(plan: Plan) -> int:
+    """Of files that the run takes over or deletes: its own when it is resumed, those of one that it overwrites."""
+    before = plan.output.absolute()
+    folders = {plan.folder.absolute(), before / "run", set_aside_path(before) / "run"}
+    paths = {path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()}
+    return sum(path.stat().st_size for path in paths)
+
+
+def _with_weights_at_hand(plan: Plan, limits: _Limits) -> Plan | None:
+    """The plan with as many layers' weights in memory as fit; None if it does not fit without any."""
+    if not limits.allow(plan):
+        return None
+    if plan.kind == "file":
+        while plan.in_memory < len(plan.layouts) and limits.allow(more := replace(plan, in_memory=plan.in_memory + 1)):
+            plan = more
+    return plan
+
+
+def _too_small(plan: Plan, limits: _Limits) -> UserError:
+    """Name what is missing for the most modest way, and what would work: with smaller steps, or with more memory."""
+    message = (
+        f"training {plan.config.parameters:,} parameters ({plan.kind} store, {state_name(plan.optimizer)} state) needs "
+        f"{limits.missing(plan)}"
+    )
+    smaller = replace(plan, kept_layers=0, micro_batch_size=1)
+    while not limits.allow(smaller) and smaller.global_batch_size > 1:
+        smaller = replace(smaller, global_batch_size=smaller.global_batch_size // 2)
+    steps = f"--micro-batch-size 1 --global-batch-size {smaller.global_batch_size}"
+    if limits.allow(smaller):
+        return UserError(f"{message}; it fits with {steps}")
+    needs = [f"--memory {_size(smaller.memory())}"]
+    if smaller.device_memory():
+        needs.append(f"--device-memory {_size(smaller.device_memory())}")
+    if smaller.kind == "file":
+        needs.append(f"{_size(smaller.disk())} of disk")
+    return UserError(f"{message}; the least at this --sequence-length is {', '.join(needs)}, with {steps}")
+
+
+def _size(uses: Mapping[str, int]) -> str:
+    """A total as an option takes it, rounded up."""
+    return f"{math.ceil(sum(uses.values()) / 2**30 * 10) / 10:.1f}GiB"
+
+
+def state_name(optimizer: AdamW) -> str:
+    return "fp32" if type(optimizer) is AdamW else "compact"
+
+
+def described(plan: Plan, speed: Speed) -> str:
+    """The plan as a table, a line a figure."""
+    config = plan.config
+    seconds = plan.seconds(speed)
+    total = sum(seconds.values())
+    where = {"resident": f"in {plan.device}'s memory", "host": "in CPU memory", "file": f"in {plan.folder}"}[plan.kind]
+    flops = config.training_flops(plan.tokens, plan.tokens, (plan.sequence_length + 1) / 2)
+    rows = [
+        ("model", f"{config.parameters:,} parameters, {config.n_layer} blocks of {config.n_embd}"),
+        (
+            "step",
+            f"{plan.tokens:,} tokens: {plan.global_batch_size} sequences of {plan.sequence_length}, "
+            f"{plan.micro_batch_size} at a time",
+        ),
+        ("state", f"{state_name(plan.optimizer)}: {gib(plan.state_bytes)}; gradients: {gib(plan.gradient_bytes)}"),
+        ("store", f"{plan.kind}, {where}" + f", weights of {plan.in_memory} layers at hand" * (plan.kind == "file")),
+        ("activations", f"of {plan.kept_layers} blocks kept, of {config.n_layer - plan.kept_layers} computed again"),
+        *_broken_down("memory, at most", plan.memory()),
+        *_broken_down(f"memory of {plan.device}", plan.device_memory()),
+        *_broken_down("disk", plan.disk() if plan.kind == "file" else {}),
+        *_broken_down("moved a step", plan.moved()),
+        ("time a step", f"{total:.3g} s"),
+        *(("", f"{value / total:8.0%}  {what}") for what, value in seconds.items() if value > 0.005 * total),
+        ("speed", f"{plan.tokens / total:,.0f} tokens/s, bound by {plan.bound(speed)}"),
+        ("", f"{flops / total / speed.gemm:8.0%}  of matrix products' {speed.gemm / 1e9:,.0f} GFLOP/s"),
+    ]
+    return "\n".join(f"  {what:<16} {value}" for what, value in rows)
+
+
+def _broken_down(what: str, uses: Mapping[str, int]) -> list[tuple[str, str]]:
+    """A total and what it is made of, without what is too small to show."""
+    if not uses:
+        return []
+    shown = {name: nbytes for name, nbytes in uses.items() if nbytes > 0.05 * 2**30}
+    return [(what, gib(sum(uses.values()))), *(("", f"{gib(nbytes):>8}  {name}") for name, nbytes in shown.items())]
