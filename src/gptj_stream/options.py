@@ -261,7 +261,7 @@ class PlanOptions(TrainOptions):
 
     data: Sources | None = Field(None, description="Not read; training's own.")  # type: ignore[assignment]
     output: Path = Field(Path(), description="Run folder; its disk is what is measured. Default: this folder.")
-    tokenizer: Path | None = Field(None, description="Not read; training's own.")
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files: its size is a preset's.")
     refresh: bool = Field(False, description="Measure this machine again.")
 
     @property

@@ -117,7 +117,7 @@ class _Loop:
                     "update_seconds": self.store.trace.seconds("update"),
                     "epoch": job.batches.epoch,
                 }
-                if self.options.trace and step <= first + _TRACED_STEPS:
+                if self.options.trace and step < first + _TRACED_STEPS:
                     self.store.trace.write(self.options.trace)
                 log.write(step, metrics)
                 advance(step, _line(metrics))
