@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from gptj_stream.choice import fastest_plan, fitting_plan
 from gptj_stream.config import PRESETS, ModelConfig
 from gptj_stream.errors import UserError
 from gptj_stream.options import PlanOptions
-from gptj_stream.plan import Plan, described, fastest_plan, fitting_plan
+from gptj_stream.plan import Plan, described
 from gptj_stream.report import Report
 from gptj_stream.speed import Speed
 

@@ -12,6 +12,7 @@ import torch
 
 from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
 from gptj_stream.checkpoint.native import checkpoints, load_checkpoint
+from gptj_stream.choice import fastest_plan, fitting_plan
 from gptj_stream.config import PRESETS, ModelConfig
 from gptj_stream.data.batches import Batches
 from gptj_stream.data.packing import pack
@@ -21,7 +22,7 @@ from gptj_stream.evaluate import HeldOut, checked_sequence_length
 from gptj_stream.files import read_json
 from gptj_stream.machine import resolve_device, resolve_dtype, return_freed_memory
 from gptj_stream.options import PackingMode, PlanOptions, TrainOptions
-from gptj_stream.plan import Plan, described, fastest_plan, fitting_plan, state_name
+from gptj_stream.plan import Plan, described, state_name
 from gptj_stream.prepare import check_sources, open_data
 from gptj_stream.pretrained import fill_fresh
 from gptj_stream.report import Report
