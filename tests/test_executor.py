@@ -453,9 +453,10 @@ class TestKeptLayers:
         model = tiny.oracle(config)
         batches = [tiny.batch(config, [9, 14]), tiny.batch(config, [16, 16], seed=1, ignored=0.5)]
         results = []
-        for kept_layers in range(4):
+        for kept_layers, narrow_layers in ((0, 0), (1, 0), (3, 0), (0, 1), (1, 1), (0, 3)):
             store = tiny.store(config, model, dtype=dtype)
-            losses = Executor(config, store, kept_layers=kept_layers, seed=3).gradients(batches, step=5)
+            executor = Executor(config, store, kept_layers=kept_layers, narrow_layers=narrow_layers, seed=3)
+            losses = executor.gradients(batches, step=5)
             results.append((losses, tiny.gradients(store)))
         for losses, gradients in results[1:]:
             assert losses == results[0][0]
@@ -475,9 +476,9 @@ class OverwritingStore(ResidentStore):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kept_layers", [0, 2])
+@pytest.mark.parametrize("layers", [{}, {"kept_layers": 2}, {"narrow_layers": 2}], ids=str)
 def test_a_buffer_is_used_only_while_it_is_lent(
-    kept_layers: int, dtype: torch.dtype, small_config: ModelConfig, tiny: type[Tiny]
+    layers: dict[str, int], dtype: torch.dtype, small_config: ModelConfig, tiny: type[Tiny]
 ) -> None:
     config = small_config.with_dropout(0.1)
     batches = [tiny.batch(config, [9, 14]), tiny.batch(config, [16, 16], seed=1)]
@@ -486,7 +487,7 @@ def test_a_buffer_is_used_only_while_it_is_lent(
         store = kind(model_layouts(config), device=torch.device("cpu"), dtype=dtype, optimizer=AdamW())
         for layer in range(len(store.layouts)):
             store.write(layer, tiny.store(config, tiny.oracle(config)).read(layer))
-        losses = Executor(config, store, kept_layers=kept_layers).gradients(batches, step=1)
+        losses = Executor(config, store, **layers).gradients(batches, step=1)
         results.append((losses, tiny.gradients(store)))
     (losses, gradients), (expected_losses, expected) = results[1], results[0]
     assert losses == expected_losses

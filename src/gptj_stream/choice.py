@@ -80,10 +80,19 @@ def fastest_plan(plan: Plan, options: TrainOptions, report: Report, *, refresh: 
     )
     plan = replace(plan, program_bytes=_program_bytes())
     limits = _Limits.of(options, plan.device)
-    counts = range(plan.config.n_layer + 1) if options.kept_layers is None else (plan.kept_layers,)
-    ways = [way for kept in counts if (way := _with_weights_at_hand(replace(plan, kept_layers=kept), limits))]
-    # of equally fast ones the one that takes least memory
-    return min(ways, key=lambda way: (sum(way.seconds(speed).values()), way.kept_layers), default=plan), speed
+    activations = _activations(plan) if options.kept_layers is None else [plan]
+    ways = [way for each in activations if (way := _with_weights_at_hand(each, limits))]
+    # of equally fast ones the first: it takes least memory
+    return min(ways, key=lambda way: sum(way.seconds(speed).values()), default=plan), speed
+
+
+def _activations(plan: Plan) -> Iterator[Plan]:
+    """From none kept to all kept. First each block's narrow ones: a byte of them saves nearly twice the work."""
+    n = plan.config.n_layer
+    for narrow in range(n):
+        yield replace(plan, narrow_layers=narrow)
+    for kept in range(n + 1):
+        yield replace(plan, kept_layers=kept, narrow_layers=n - kept)
 
 
 def _program_bytes() -> int:

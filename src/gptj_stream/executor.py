@@ -29,14 +29,14 @@ def model_layouts(config: ModelConfig) -> list[Layout]:
     return [Layout.of(prefix, module) for prefix, module in layer_templates(config)]
 
 
-def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, *, inner: bool = True) -> int:
     """What a block keeps from forward to backward, beside its input and output: 5 values of the model's width a token
-    and 2 of the inner width.
+    and, with `inner`, one of the inner width.
 
-    They are the norm's output, rotated q and k, v and the attention's output, and the feed-forward's values before and
-    after GELU. Dropout masks are not counted.
+    They are the norm's output, rotated q and k, v and the attention's output, and the feed-forward's values before
+    GELU. Dropout masks are not counted.
     """
-    return tokens * dtype.itemsize * (5 * config.n_embd + 2 * config.inner_dim)
+    return tokens * dtype.itemsize * (5 * config.n_embd + inner * config.inner_dim)
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,22 @@ class Executor:
     Args:
         config: the model's shape, and its dropout rates.
         store: where its layers live.
-        kept_layers: for how many blocks (the last ones) the activations stay from forward to backward. The others
-            keep their input alone and are computed again, which gives the same bits for a third more work.
+        kept_layers: for how many blocks (the last ones) the activations stay from forward to backward.
+        narrow_layers: for how many blocks before those they stay but for the feed-forward's inner ones, nearly half of
+            them, for a ninth more work. The others keep their input alone and are computed again, for a third more
+            work. All of it gives the same bits.
         seed: of the dropout masks.
     """
 
-    def __init__(self, config: ModelConfig, store: Store, *, kept_layers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, store: Store, *, kept_layers: int = 0, narrow_layers: int = 0, seed: int = 0
+    ) -> None:
         self.config = config
         self.store = store
         self._modules = [module for _, module in layer_templates(config)]
         self._head = len(self._modules) - 1
         self._first_kept = self._head - kept_layers
+        self._first_narrow = self._first_kept - narrow_layers
         self._seed = seed
 
     def gradients(self, batches: Sequence[MicroBatch], step: int) -> list[float]:
@@ -149,8 +154,8 @@ class Executor:
             outputs = []
             for i, (each, x) in enumerate(zip(passes, inputs[layer], strict=True)):
                 with self._dropout_masks(step, layer, i):
-                    if layer >= self._first_kept:
-                        kept[layer, i] = self._record(layer, flat, x, each)
+                    if layer >= self._first_narrow:
+                        kept[layer, i] = self._record(layer, flat, x, each, keep_inner=layer >= self._first_kept)
                         outputs.append(kept[layer, i].out.detach())
                     else:
                         with torch.no_grad():
@@ -221,20 +226,25 @@ class Executor:
     def _weights(self, layer: int, flat: Tensor) -> dict[str, Tensor]:
         return {slot.local: view for slot, view in self.store.layouts[layer].views(flat)}
 
-    def _run(self, layer: int, weights: dict[str, Tensor], x: Tensor, each: _Pass) -> Tensor:
+    def _run(
+        self, layer: int, weights: dict[str, Tensor], x: Tensor, each: _Pass, *, keep_inner: bool = True
+    ) -> Tensor:
         arguments: tuple[object, ...]
         if layer == 0:
             arguments = (x,)
         elif layer == self._head:
             arguments = (x, each.targets)
         else:
-            arguments = (x, each.table, each.attention(layer - 1))
+            arguments = (x, each.table, each.attention(layer - 1), keep_inner)
         # strict: without it a missing name silently computes with the template's own, empty weights
         out: Tensor = functional_call(self._modules[layer], weights, arguments, strict=True)
         return out
 
-    def _record(self, layer: int, flat: Tensor, x: Tensor, each: _Pass) -> _Graph:
-        return _Graph(flat, self._weights(layer, flat), x, lambda weights, x: self._run(layer, weights, x, each))
+    def _record(self, layer: int, flat: Tensor, x: Tensor, each: _Pass, *, keep_inner: bool = True) -> _Graph:
+        def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return self._run(layer, weights, x, each, keep_inner=keep_inner)
+
+        return _Graph(flat, self._weights(layer, flat), x, run)
 
     def _set_training(self, training: bool) -> None:
         for module in self._modules:

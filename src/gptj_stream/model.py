@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gptj_stream.batch import ROW_MULTIPLE
 from gptj_stream.config import ModelConfig
+from gptj_stream.feed_forward import feed_forward
 from gptj_stream.loss import linear_cross_entropy
 from gptj_stream.token_sums import Embedding, LayerNorm
 
@@ -100,8 +101,10 @@ class FeedForward(nn.Module):
         self.fc_out = nn.Linear(config.inner_dim, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.dropout(self.fc_out(F.gelu(self.fc_in(x_ND), approximate="tanh")))
+    def forward(self, x_ND: Tensor, keep_inner: bool) -> Tensor:
+        fc_in, fc_out = self.fc_in, self.fc_out
+        out_ND = feed_forward(x_ND, fc_in.weight, fc_in.bias, fc_out.weight, fc_out.bias, keep_inner=keep_inner)
+        return self.dropout(out_ND)
 
 
 class Block(nn.Module):
@@ -113,9 +116,9 @@ class Block(nn.Module):
         self.attn = SelfAttention(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_ND: Tensor, table: Tensor, attend: Attention) -> Tensor:
+    def forward(self, x_ND: Tensor, table: Tensor, attend: Attention, keep_inner: bool = True) -> Tensor:
         h_ND = self.ln_1(x_ND)
-        return self.attn(h_ND, table, attend) + self.mlp(h_ND) + x_ND
+        return self.attn(h_ND, table, attend) + self.mlp(h_ND, keep_inner) + x_ND
 
 
 class Embed(nn.Module):

@@ -212,7 +212,7 @@ class TrainOptions(Options):
         ge=0,
         description="Blocks that keep their activations for the backward pass; the others compute them again "
         "(activation checkpointing, also called gradient checkpointing). "
-        "Default: as the plan finds fastest within the memory.",
+        "Default: as the plan finds fastest within the memory; then blocks may also keep a part of them.",
     )
 
     eval_data: Sources | None = Field(None, description="Held-out data, in any form that --data takes.")

@@ -40,6 +40,7 @@ class Plan:
     Attributes:
         kind: where weights, gradients and optimizer state live.
         kept_layers: how many blocks keep their activations.
+        narrow_layers: how many keep them but for the feed-forward's inner ones.
         in_memory: of how many layers a file store keeps the weights in memory as well.
         folder: the file store's.
         output: the run folder.
@@ -60,6 +61,7 @@ class Plan:
     result_bytes: int
     program_bytes: int
     kept_layers: int = 0
+    narrow_layers: int = 0
     in_memory: int = 0
 
     @cached_property
@@ -83,6 +85,11 @@ class Plan:
     def tokens(self) -> int:
         """Of a step."""
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def forgetful_layers(self) -> int:
+        """How many blocks are computed again as a whole."""
+        return self.config.n_layer - self.kept_layers - self.narrow_layers
 
     @property
     def layers_in_memory(self) -> range:
@@ -153,10 +160,11 @@ class Plan:
 
     def seconds(self, speed: Speed) -> dict[str, float]:
         """Of a step, by what they are spent on; `waiting` is what transfers take longer than what they hide behind."""
-        n, kept = self.config.n_layer, self.kept_layers
-        forward = (n - kept) * speed.block_forward + kept * speed.block_forward_kept
-        backward = n * speed.block_backward + speed.head
-        again = (n - kept) * speed.block_forward_kept
+        config, forgetful = self.config, self.forgetful_layers
+        forward = forgetful * speed.block_forward + (config.n_layer - forgetful) * speed.block_forward_kept
+        backward = config.n_layer * speed.block_backward + speed.head
+        inner = 2 * self.micro_batch_size * self.sequence_length * config.n_embd * config.inner_dim / speed.gemm
+        again = forgetful * speed.block_forward_kept + self.narrow_layers * inner
         forward, backward, again = (self.micro_batches * each for each in (forward, backward, again))
         embed = self.micro_batches * speed.embed
         update = self.config.parameters * speed.update
@@ -213,7 +221,8 @@ class Plan:
             uses["weights cast"] = size * largest
         uses["inputs of every layer"] = (config.n_layer + 2) * self.tokens * config.n_embd * size
         kept = self.kept_layers * block_activation_bytes(config, self.tokens, self.dtype)
-        uses["kept activations"] = int(_ALLOCATED * kept)
+        narrow = self.narrow_layers * block_activation_bytes(config, self.tokens, self.dtype, inner=False)
+        uses["kept activations"] = int(_ALLOCATED * (kept + narrow))
         uses["one layer's work"] = self._working()
         return uses
 
@@ -224,7 +233,11 @@ class Plan:
         # Matrix kernels pack a weight into a layout of their own: a block's largest whole, the vocabulary's by halves
         # (measured). The vocabulary's gradient is summed in fp32, then rounded.
         vocabulary = config.vocab_size * config.n_embd * (4 + 3 * size // 2) + 4 * tokens * config.n_embd * size
-        recorded = block_activation_bytes(config, tokens, self.dtype) * (self.kept_layers < config.n_layer)
+        recorded = 0
+        if self.forgetful_layers:
+            recorded = block_activation_bytes(config, tokens, self.dtype)
+        elif self.narrow_layers:
+            recorded = tokens * config.inner_dim * size
         wide = tokens * size * (2 * config.inner_dim + 4 * config.n_embd)
         packed = config.inner_dim * config.n_embd * size
         return max(vocabulary + _LOSS_CHUNKS, recorded + wide + packed + config.block_parameters * size)
@@ -250,7 +263,11 @@ def described(plan: Plan, speed: Speed) -> str:
         ),
         ("state", f"{state_name(plan.optimizer)}: {gib(plan.state_bytes)}; gradients: {gib(plan.gradient_bytes)}"),
         ("store", f"{plan.kind}, {where}" + f", weights of {plan.in_memory} layers at hand" * (plan.kind == "file")),
-        ("activations", f"of {plan.kept_layers} blocks kept, of {config.n_layer - plan.kept_layers} computed again"),
+        (
+            "activations",
+            f"of {plan.kept_layers} blocks kept, of {plan.narrow_layers} but for the feed-forward's, "
+            f"of {plan.forgetful_layers} computed again",
+        ),
         *_broken_down("memory, at most", plan.memory()),
         *_broken_down(f"memory of {plan.device}", plan.device_memory()),
         *_broken_down("disk", plan.disk() if plan.kind == "file" else {}),

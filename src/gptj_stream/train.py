@@ -85,7 +85,10 @@ class _Loop:
         self.options = job.options
         dropout = self.options.dropout
         config = job.config if dropout is None else job.config.with_dropout(dropout)
-        self.executor = Executor(config, store, kept_layers=job.plan.kept_layers, seed=self.options.seed)
+        plan = job.plan
+        self.executor = Executor(
+            config, store, kept_layers=plan.kept_layers, narrow_layers=plan.narrow_layers, seed=self.options.seed
+        )
         self.evaluation: Evaluation | None = None
 
     def run(self) -> TrainResult:
