@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from gptj_stream.batch import IGNORE, MicroBatch
-from gptj_stream.config import ModelConfig
-from gptj_stream.executor import Executor, model_layouts
+from gptj_stream.config import PRESETS, ModelConfig
+from gptj_stream.executor import Executor, block_activation_bytes, model_layouts
 from gptj_stream.model import DocumentAttention
 from gptj_stream.optim import AdamW, Update, clip_coefficient, scheduled_learning_rate
 from gptj_stream.seeding import derived_seed
@@ -462,6 +463,33 @@ class TestKeptLayers:
             assert losses == results[0][0]
             for name, gradient in gradients.items():
                 assert torch.equal(gradient, results[0][1][name]), name
+
+    @pytest.mark.parametrize(("kept_layers", "narrow_layers"), [(0, 0), (3, 0), (0, 3), (1, 1)])
+    def test_memory_at_the_turn_is_what_is_said(self, kept_layers: int, narrow_layers: int) -> None:
+        profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+        class Watching(ResidentStore):
+            def stream(self, order: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+                first, *rest = order
+                if first:  # the backward pass begins with the last layer
+                    profiler.stop()
+                yield from super().stream([first, *rest])
+
+        config, dtype, tokens = PRESETS["gpt-j-125m"].model_copy(update={"n_layer": 3}), torch.bfloat16, 512
+        store = Watching(model_layouts(config), device=torch.device("cpu"), dtype=dtype)
+        for layer, layout in enumerate(store.layouts):
+            store.load(layer, torch.zeros(layout.numel))
+        ids = torch.zeros(tokens, dtype=torch.long)
+        profiler.start()
+        Executor(config, store, kept_layers=kept_layers, narrow_layers=narrow_layers).gradients(
+            [MicroBatch(ids, ids, (tokens // 2,) * 2)], step=1
+        )
+        held = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+        said = 4 * tokens * config.n_embd * dtype.itemsize  # the inputs of blocks and head
+        said += kept_layers * block_activation_bytes(config, tokens, dtype)
+        said += narrow_layers * block_activation_bytes(config, tokens, dtype, inner=False)
+        # 2 %: statistics of norm and softmax, rotary table
+        assert said <= held <= 1.02 * said
 
 
 class OverwritingStore(ResidentStore):

@@ -95,7 +95,7 @@ class TestFigures:
         moved = plan.moved()
         assert moved["disk read"] == pytest.approx((5.125 + 2 + 2) * parameters, rel=1e-6)
         assert moved["disk written"] == pytest.approx(7.125 * parameters, rel=1e-6)
-        kept = 10 * 4096 * 2 * (5 * 4096 + 16384) + 6 * 4096 * 2 * 5 * 4096
+        kept = 10 * 4096 * 2 * (4 * 4096 + 16384) + 6 * 4096 * 2 * 4 * 4096
         assert kept <= plan.memory()["kept activations"] <= 1.05 * kept
         assert plan.memory()["inputs of every layer"] == 30 * 4096 * 4096 * 2
         # 31 places of the largest record, and the gradients

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from gptj_stream.batch import MicroBatch
@@ -30,13 +30,13 @@ def model_layouts(config: ModelConfig) -> list[Layout]:
 
 
 def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, *, inner: bool = True) -> int:
-    """What a block keeps from forward to backward, beside its input and output: 5 values of the model's width a token
+    """What a block keeps from forward to backward, beside its input and output: 4 values of the model's width a token
     and, with `inner`, one of the inner width.
 
-    They are the norm's output, rotated q and k, v and the attention's output, and the feed-forward's values before
-    GELU. Dropout masks are not counted.
+    They are rotated q and k, v and the attention's output, and the feed-forward's values before GELU. Dropout masks are
+    not counted.
     """
-    return tokens * dtype.itemsize * (5 * config.n_embd + inner * config.inner_dim)
+    return tokens * dtype.itemsize * (4 * config.n_embd + inner * config.inner_dim)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    @classmethod
+    def of(cls, piece: Tensor, start: int) -> _Place:
+        """Of a buffer that starts `start` elements into its storage."""
+        return cls(piece.size(), piece.stride(), int(piece.storage_offset()) - start)
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat.as_strided(self.size, self.stride, flat.storage_offset() + self.offset)
+
 
 class _StandIn(torch.autograd.Function):
     """A weight for the forward pass; its gradient goes to a leaf of the same shape that has no memory."""
@@ -70,44 +78,73 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Graph:
-    """One layer's recorded forward for one micro-batch, without a hold on the layer's weights.
+    """One layer's recorded forward for one micro-batch, without a hold on the layer's weights or on its norm's output.
 
     Where the backward pass needs weights, the graph remembers their place, and finds them in the buffer that
-    `differentiate` is given. So a store may reuse the forward's buffer, and a kept graph costs activations alone.
+    `differentiate` is given. So a store may reuse the forward's buffer, and a kept graph costs activations alone. Every
+    matrix product of a block needs the norm's output, which is cheap to compute again.
     """
 
     def __init__(
-        self, flat: Tensor, weights: dict[str, Tensor], x: Tensor, run: Callable[[dict[str, Tensor], Tensor], Tensor]
+        self,
+        flat: Tensor,
+        weights: dict[str, Tensor],
+        x: Tensor,
+        run: Callable[[dict[str, Tensor], Tensor], Tensor],
+        norm: nn.Module | None,
     ) -> None:
-        """Record `run(weights, x)`; `weights` are views of `flat`."""
+        """Record `run(weights, x)`; `weights` are views of `flat`, and a block begins with its `norm`, `ln_1`."""
         self._flat: Tensor | None = None
         self._x = x.detach().requires_grad_(x.is_floating_point())  # the first layer's input is token ids
         self._leaves = {
             name: weight.new_empty(()).expand(weight.shape).requires_grad_() for name, weight in weights.items()
         }
-        start, storage = flat.storage_offset(), flat.untyped_storage().data_ptr()
+        # numbers, not `flat` itself: what the graph refers to lives as long as it
+        start, storage = int(flat.storage_offset()), flat.untyped_storage().data_ptr()
+        self._norm, self._normed = norm, torch.empty(0)
+        if norm:
+            self._norm_places = {name: _Place.of(weights[f"ln_1.{name}"], start) for name, _ in norm.named_parameters()}
 
-        def pack(saved: Tensor) -> Tensor | _Place:
-            if saved.untyped_storage().data_ptr() != storage:
-                return saved
-            return _Place(saved.size(), saved.stride(), int(saved.storage_offset() - start))
+        def pack(saved: Tensor) -> Tensor | _Place | None:
+            if saved.untyped_storage().data_ptr() == storage:
+                return _Place.of(saved, start)
+            return None if any(saved is output for output in normed) else saved
 
-        def unpack(saved: Tensor | _Place) -> Tensor:
+        def unpack(saved: Tensor | _Place | None) -> Tensor:
             if isinstance(saved, Tensor):
                 return saved
             assert self._flat is not None, "weights are at hand while the graph is differentiated"
-            return self._flat.as_strided(saved.size, saved.stride, self._flat.storage_offset() + saved.offset)
+            return self._normed if saved is None else saved.view(self._flat)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with _outputs(norm) as normed, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             stand_ins = {name: _StandIn.apply(self._leaves[name], weight) for name, weight in weights.items()}  # type: ignore[no-untyped-call]
             self.out = run(stand_ins, self._x)
 
     def differentiate(self, flat: Tensor, grad_output: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """The gradients by the weights, in their order, and by the input (meaningless where that is token ids)."""
         self._flat = flat
+        if self._norm:
+            with torch.no_grad():
+                weights = {name: place.view(flat) for name, place in self._norm_places.items()}
+                self._normed = functional_call(self._norm, weights, (self._x,))
         leaves = [*self._leaves.values(), self._x] if self._x.requires_grad else [*self._leaves.values()]
         grads = torch.autograd.grad(self.out, leaves, grad_output.expand_as(self.out))
         return grads[: len(self._leaves)], grads[-1]
+
+
+@contextmanager
+def _outputs(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """What a module returns within the block; held no longer than that."""
+    outputs: list[Tensor] = []
+    if module is None:
+        yield outputs
+        return
+    hook = module.register_forward_hook(lambda _module, _arguments, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+        outputs.clear()
 
 
 class Executor:
@@ -244,7 +281,7 @@ class Executor:
         def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
             return self._run(layer, weights, x, each, keep_inner=keep_inner)
 
-        return _Graph(flat, self._weights(layer, flat), x, run)
+        return _Graph(flat, self._weights(layer, flat), x, run, getattr(self._modules[layer], "ln_1", None))
 
     def _set_training(self, training: bool) -> None:
         for module in self._modules:

@@ -238,7 +238,7 @@ class Plan:
             recorded = block_activation_bytes(config, tokens, self.dtype)
         elif self.narrow_layers:
             recorded = tokens * config.inner_dim * size
-        wide = tokens * size * (2 * config.inner_dim + 4 * config.n_embd)
+        wide = tokens * size * (2 * config.inner_dim + 5 * config.n_embd)
         packed = config.inner_dim * config.n_embd * size
         return max(vocabulary + _LOSS_CHUNKS, recorded + wide + packed + config.block_parameters * size)
 
