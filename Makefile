@@ -1,10 +1,11 @@
 # make demo    the whole product on real text: about 5 minutes on two cores
 # make test    ruff, types, the import rule, then the tests
+# make fuzz    20,000 damaged files for each of the checkpoint readers
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test fuzz check format clean
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
@@ -13,6 +14,9 @@ demo: .venv/installed
 
 test: check
 	$(BIN)/pytest -q -n auto
+
+fuzz: .venv/installed
+	GPTJ_FUZZ_INPUTS=20000 $(BIN)/pytest -q -n auto tests/checkpoint/test_fuzz.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -29,37 +29,34 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from gptj_stream.checkpoint.huggingface import write_folder
+from gptj_stream.checkpoint.folder import write_folder
 from gptj_stream.config import PRESETS, ModelConfig
 from gptj_stream.data.tokenizer import files, train_tokenizer
 from gptj_stream.executor import model_layouts
+from gptj_stream.layout import Slot
 from gptj_stream.model import initialize
 from gptj_stream.options import EvaluateOptions
+from gptj_stream.report import ConsoleReport
 
 
-class FreshWeights:
-    """What `write_folder` wants of a store: one layer's weights at a time.
+def fresh_weights(config: ModelConfig) -> Iterator[tuple[Slot, str, list[Tensor]]]:
+    """Random weights, a parameter at a time.
 
     Matrices are cut at random places from one sheet of 16 M normal numbers: drawing 6 billion takes half an hour.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config, self.layouts = config, model_layouts(config)
-        self.generator = torch.Generator().manual_seed(0)
-        self.sheet = torch.randn(1 << 24, generator=self.generator)
-
-    def weights(self, layer: int) -> Tensor:
-        print(f"  fresh weights: layer {layer + 1} of {len(self.layouts)}", flush=True)
-        flat = torch.empty(self.layouts[layer].numel)
-        for slot, view in self.layouts[layer].views(flat):
-            if view.dim() < 2:
-                initialize(slot.name, view, self.config, self.generator)
-                continue
-            std = self.config.n_embd**-0.5 * (2 / self.config.n_layer if "out" in slot.local else 1.0)
-            offset = int(torch.randint(len(self.sheet), (), generator=self.generator))
-            for piece in view.flatten().split(len(self.sheet)):
-                torch.mul(self.sheet.roll(offset)[: len(piece)], std, out=piece)
-        return flat
+    generator = torch.Generator().manual_seed(0)
+    sheet = torch.randn(1 << 24, generator=generator)
+    for layout in model_layouts(config):
+        for slot in layout.slots:
+            weight = torch.empty(slot.shape)
+            if weight.dim() < 2:
+                initialize(slot.name, weight, config, generator)
+            else:
+                std = config.n_embd**-0.5 * (2 / config.n_layer if "out" in slot.local else 1.0)
+                offset = int(torch.randint(len(sheet), (), generator=generator))
+                for piece in weight.flatten().split(len(sheet)):
+                    torch.mul(sheet.roll(offset)[: len(piece)], std, out=piece)
+            yield slot, "fresh", [weight]
 
 
 def prepare(work: Path, config: ModelConfig) -> tuple[Path, Path]:
@@ -73,7 +70,14 @@ def prepare(work: Path, config: ModelConfig) -> tuple[Path, Path]:
         tokenizer = work / "tokenizer"
         if not tokenizer.is_dir():
             train_tokenizer((path.read_text(encoding="utf-8") for path in sorted(text.iterdir())), 8192, tokenizer)
-        write_folder(model, config, FreshWeights(config), dtype=torch.bfloat16, carried_files=files(tokenizer))  # type: ignore[arg-type]
+        write_folder(
+            model,
+            config,
+            fresh_weights(config),
+            dtype=torch.bfloat16,
+            carried_files=files(tokenizer),
+            report=ConsoleReport(),
+        )
     return model, text
 
 

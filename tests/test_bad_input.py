@@ -100,13 +100,9 @@ def with_an_index(text: str) -> Damage:
     return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
 
 
-def only_bin(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 FC_IN = "transformer.h.1.mlp.fc_in.bias"
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no folder": (shutil.rmtree, "model: no such folder; give a checkpoint folder"),
+    "no folder": (shutil.rmtree, "model: no such file or folder; give a checkpoint"),
     "no config": (lambda m: (m / "config.json").unlink(), "is not a checkpoint folder: it has no config.json"),
     "config cut short": (lambda m: cut(m / "config.json", 0.5), "config.json: not valid JSON"),
     "another architecture": (lambda m: edit_json(m / "config.json", model_type="llama"), "model_type is 'llama'"),
@@ -117,7 +113,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "odd rotary": (lambda m: edit_json(m / "config.json", rotary_dim=3), "rotary_dim 3 must be even and at most"),
     "no layers": (lambda m: edit_json(m / "config.json", n_layer=0), "n_layer is 0"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no model.safetensors"),
-    "bin alone": (only_bin, "has pytorch_model.bin but no model.safetensors"),
     "empty weights": (lambda m: (m / "model.safetensors").write_bytes(b""), "damaged or not safetensors"),
     "weights cut short": (lambda m: cut(m / "model.safetensors", 0.7), "damaged or not safetensors"),
     "weights not safetensors": (lambda m: (m / "model.safetensors").write_bytes(b"x" * 999), "damaged or not safeten"),

@@ -18,18 +18,24 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+from gptj_stream.convert import convert, inspect, verify
+from gptj_stream.data.tokenizer import add_tokens
 from gptj_stream.errors import UserError
 from gptj_stream.evaluate import evaluate
 from gptj_stream.generate import continue_prompts, read_prompts
 from gptj_stream.job import plan_run
 from gptj_stream.options import (
+    AddTokenOptions,
+    ConvertOptions,
     EvaluateOptions,
     GenerateOptions,
+    InspectOptions,
     Options,
     PlanOptions,
     PrepareOptions,
     TokenizerOptions,
     TrainOptions,
+    VerifyOptions,
     read_yaml,
     unknown_option,
 )
@@ -45,7 +51,7 @@ from gptj_stream.train import train
 @dataclass(frozen=True)
 class Command:
     options: type[Options]
-    run: Callable[..., None]  # (options), or (options, json) where `json` is set
+    run: Callable[..., int | None]  # (options), or (options, json) where `json` is set; the exit code, if not 0
     json: bool = False
 
 
@@ -109,13 +115,82 @@ def _plan(options: PlanOptions) -> None:
     print(described(*plan_run(options, ConsoleReport())))
 
 
+def _convert(options: ConvertOptions) -> None:
+    done = convert(options, ConsoleReport())
+    kind = str(done.dtype).removeprefix("torch.")
+    print(f"{done.output}: {done.config.parameters:,} parameters in {kind}, {done.nbytes / 1e9:,.2f} GB")
+
+
+def _inspect(options: InspectOptions, as_json: bool) -> None:
+    found = inspect(options)
+    if as_json:
+        values = asdict(found) | {"path": str(found.path), "config": found.config.model_dump()}
+        print(json.dumps(values))
+        return
+    config = found.config
+    rows = {
+        "format": found.format + (f", step {found.step:,}" if found.step is not None else ""),
+        "files": f"{found.files}, {found.nbytes / 1e9:,.2f} GB",
+        "parameters": f"{config.parameters:,}",
+        "shape": f"{config.n_layer} blocks of {config.n_embd}, {config.n_head} heads of {config.head_dim}, "
+        f"{config.rotary_dim} of them rotary, feed-forward {config.inner_dim}, {config.n_positions} positions",
+        "dtypes": ", ".join(f"{kind} ({count} tensors)" for kind, count in found.dtypes.items()),
+        "buffers": f"{found.buffers}, left out" if found.buffers else "",
+        "vocabulary": f"{config.vocab_size:,} rows",
+        "tokenizer": found.tokenizer or "none; --tokenizer FOLDER where one is needed",
+        "spare tokens": f"{found.spare_tokens} named <|extratoken_N|>" if found.spare_tokens else "",
+        "unnamed rows": f"{found.unnamed_rows:,}" if found.unnamed_rows > 0 and found.tokenizer else "",
+        "problems": "; ".join(found.problems) or "none",
+    }
+    for what, value in rows.items():
+        if value:
+            print(f"  {what:<13} {value}")
+
+
+def _verify(options: VerifyOptions, as_json: bool) -> int:
+    found = verify(options, ConsoleReport())
+    if as_json:
+        print(json.dumps(asdict(found) | {"equal": found.equal}))
+        return 0 if found.equal else NOT_EQUAL
+    for name, (ours, theirs) in found.config.items():
+        print(f"  {name} is {ours} and {theirs}")
+    for path, names in ((options.first, found.only_first), (options.second, found.only_second)):
+        for name in names:
+            print(f"  {name} is only in {path}")
+    for name, shapes in found.misshapen.items():
+        print(f"  {name} has shapes {shapes[0]} and {shapes[1]}")
+    for name, (first, second) in found.not_finite.items():
+        print(f"  {name}: {first:,} and {second:,} values are not finite")
+    worst = sorted(((value, name) for name, value in found.differences.items() if value), reverse=True)
+    for value, name in worst[:_SHOWN]:
+        print(f"  {name} differs by up to {value:.3g}")
+    if len(worst) > _SHOWN:
+        print(f"  {len(worst) - _SHOWN} more tensors differ by less (--json lists all)")
+    if found.logits is not None:
+        print(f"  logits differ by up to {found.logits:.3g}")
+    print(f"{'equal' if found.equal else 'not equal'}: {len(found.differences):,} tensors compared")
+    return 0 if found.equal else NOT_EQUAL
+
+
+def _add_tokens(options: AddTokenOptions) -> None:
+    for name, token_id in add_tokens(options.folder, options.tokens).items():
+        print(f"{token_id} {name}")
+
+
+NOT_EQUAL = 3
+_SHOWN = 10
+
 COMMANDS: dict[str, Command] = {
     "plan": Command(PlanOptions, _plan),
     "train": Command(TrainOptions, _train),
     "prepare": Command(PrepareOptions, _prepare),
     "evaluate": Command(EvaluateOptions, _evaluate, json=True),
     "generate": Command(GenerateOptions, _generate, json=True),
+    "convert": Command(ConvertOptions, _convert),
+    "verify": Command(VerifyOptions, _verify, json=True),
+    "inspect": Command(InspectOptions, _inspect, json=True),
     "tokenizer train": Command(TokenizerOptions, _train_bpe),
+    "tokenizer add-token": Command(AddTokenOptions, _add_tokens),
 }
 
 
@@ -123,16 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0 done; 2 something the user can mend, in the input or on the machine (a full disk, too little memory); 1 a fault
-    of the program; 130 interrupted.
+    of the program; 3 two checkpoints that are not equal; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments
     try:
         command, options, as_json = parse(arguments)
-        if command.json:
-            command.run(options, as_json)
-        else:
-            command.run(options)
+        return (command.run(options, as_json) if command.json else command.run(options)) or 0
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has left, as `| head` does
             sys.stderr.close()
@@ -146,7 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_out_of_memory(error):
             return _fail(f"out of memory: {error}; lower --micro-batch-size, --sequence-length or --kept-layers", 2)
         return _fail(f"internal error: {type(error).__name__}: {error} (--traceback shows where)", 1)
-    return 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -175,7 +246,7 @@ def parse(arguments: list[str]) -> tuple[Command, Options, bool]:
     values: dict[str, Any] = vars(given)
     values.pop("traceback", None)  # main has seen it
     as_json = values.pop("json", False)
-    if config := values.pop("config", None):
+    if "config" not in command.options.model_fields and (config := values.pop("config", None)):
         values = command.options.layered(read_yaml(Path(config)), values)
     if command.options is TrainOptions and values.get("resume") is True and "output" in values:
         values = RunFolder(Path(values["output"])).merged(values)
@@ -202,8 +273,9 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _print_help() -> None:
     print("gptj: fine-tune all of GPT-J on the machine you have\n")
+    width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
-        print(f"  gptj {name:<16} {(command.options.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  gptj {name:<{width}} {(command.options.__doc__ or '').strip().splitlines()[0]}")
     print("\n`gptj COMMAND --help` lists a command's options. `--config FILE.yaml` reads them from a file.")
 
 
@@ -220,12 +292,19 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-5 is a number, not an option; so since Python 3.14
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it.")
+    if "config" not in command.options.model_fields:
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it.")
     parser.add_argument("--traceback", action="store_true", help="Show where a fault of the program happened.")
     if command.json:
         parser.add_argument("--json", action="store_true", help="Print results as JSON.")
     for field_name, field in command.options.model_fields.items():
         argument = _argument(field)
+        if field_name in command.options.positional:
+            argument.pop("required", None)
+            several = argument.pop("action", "") == "extend"
+            argument |= {"nargs": "*" if several else "?", "metavar": field_name.upper()}
+            parser.add_argument(field_name, **argument)
+            continue
         parser.add_argument("--" + field_name.replace("_", "-"), **argument)
         if "_" in field_name:  # the name as Python and YAML spell it
             parser.add_argument("--" + field_name, **argument | {"help": argparse.SUPPRESS})

@@ -9,19 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gptj_stream.errors import UserError
 
+_LARGEST = 1 << 24  # of any dimension: a file that says more is damaged, and would take hours to refuse
+
 
 class ModelConfig(BaseModel):
     """A GPT-J's shape. Field names and defaults are those of transformers' `GPTJConfig`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocab_size: int = Field(50400, ge=1)
-    n_positions: int = Field(2048, ge=1)
-    n_embd: int = Field(4096, ge=1)
-    n_layer: int = Field(28, ge=1)
+    vocab_size: int = Field(50400, ge=1, le=_LARGEST)
+    n_positions: int = Field(2048, ge=1, le=_LARGEST)
+    n_embd: int = Field(4096, ge=1, le=_LARGEST)
+    n_layer: int = Field(28, ge=1, le=10_000)
     n_head: int = Field(16, ge=1)
     rotary_dim: int = Field(64, ge=2)
-    n_inner: int | None = Field(None, ge=1)
+    n_inner: int | None = Field(None, ge=1, le=_LARGEST)
     activation_function: Literal["gelu_new"] = "gelu_new"
     resid_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
     embd_pdrop: float = Field(0.0, ge=0.0, lt=1.0)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
 from gptj_stream.checkpoint.native import checkpoints, load_checkpoint
+from gptj_stream.checkpoint.source import Checkpoint
 from gptj_stream.choice import fastest_plan, fitting_plan
 from gptj_stream.config import PRESETS, ModelConfig
 from gptj_stream.data.batches import Batches
@@ -56,7 +56,7 @@ class Job:
     speed: Speed
     config: ModelConfig
     resumes: bool
-    source: HuggingFaceFolder | None
+    source: Checkpoint | None
     tokenizer_folder: Path
     batches: Batches
     held_out: HeldOut | None
@@ -86,19 +86,19 @@ def plan_run(options: PlanOptions, report: Report) -> tuple[Plan, Speed]:
     Raises:
         UserError: no such model, or a machine too small for it; the message says what would do.
     """
-    source = HuggingFaceFolder(options.model) if options.model else None
+    source = Checkpoint(options.model) if options.model else None
     config = _model_config(options, source, Tokenizer.load(options.tokenizer) if options.tokenizer else None)
     return fastest_plan(_fitting_plan(options, config, source), options, report, refresh=options.refresh)
 
 
-def _fitting_plan(options: TrainOptions, config: ModelConfig, source: HuggingFaceFolder | None) -> Plan:
+def _fitting_plan(options: TrainOptions, config: ModelConfig, source: Checkpoint | None) -> Plan:
     device = resolve_device(options.device)
     length = checked_sequence_length(options.sequence_length, config)
     dtype = resolve_dtype(options.precision, device)
     return fitting_plan(options, config, device, dtype, length, saved_dtype(options, source))
 
 
-def saved_dtype(options: TrainOptions, source: HuggingFaceFolder | None) -> torch.dtype:
+def saved_dtype(options: TrainOptions, source: Checkpoint | None) -> torch.dtype:
     """Of the weights that the run leaves."""
     if options.save_dtype == "auto":
         return source.dtype if source else torch.float32
@@ -106,8 +106,8 @@ def saved_dtype(options: TrainOptions, source: HuggingFaceFolder | None) -> torc
 
 
 def _open_run(folder: RunFolder, options: TrainOptions, report: Report) -> Job:
-    source = HuggingFaceFolder(options.model) if options.model else None
-    tokenizer_folder = options.tokenizer or options.model
+    source = Checkpoint(options.model) if options.model else None
+    tokenizer_folder = options.tokenizer or (source.folder if source else None)
     assert tokenizer_folder is not None, "TrainOptions asks for one of the two"
     tokenizer = Tokenizer.load(tokenizer_folder)
     config = _model_config(options, source, tokenizer)
@@ -176,7 +176,7 @@ def _open_run(folder: RunFolder, options: TrainOptions, report: Report) -> Job:
     )
 
 
-def _model_config(options: TrainOptions, source: HuggingFaceFolder | None, tokenizer: Tokenizer | None) -> ModelConfig:
+def _model_config(options: TrainOptions, source: Checkpoint | None, tokenizer: Tokenizer | None) -> ModelConfig:
     """The checkpoint's shape, a preset's or a `config.json`'s; a tokenizer that is named decides the end of text.
 
     A preset keeps GPT-J's 50400 rows for a tokenizer of GPT-2's size. Another gets rows rounded up to a multiple of 64.

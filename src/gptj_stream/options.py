@@ -61,6 +61,11 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 DEVICE = "Where to compute: a CUDA device if there is one, else the CPU."
 PRECISION = "Arithmetic of the model; `auto` is bf16 where the device multiplies it natively, else fp32."
 SEQUENCE_LENGTH = "Tokens a sequence; default: the model's n_positions, at most 2048."
+SOURCE = (
+    "Checkpoint: a folder in Hugging Face layout (safetensors or PyTorch files; GPT-J or CodeGen), one file of weights "
+    "with its config.json beside it, or mesh-transformer-jax's shards, as a folder or a .tar.zstd."
+)
+SOURCE_CONFIG = "config.json, or mesh-transformer-jax's configuration; default: the one in the checkpoint."
 MODEL_MEMORY = (
     "Limit of this process's memory, such as 8GiB; a model that does not fit is read layer by layer in every pass. "
     "Default: what is free."
@@ -74,6 +79,9 @@ class Options(BaseModel):
 
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Pairs of options that replace each other."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Options that the command line takes by their place."""
 
     @classmethod
     def layered(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +152,7 @@ class TrainOptions(Options):
 
     exclusive = (("model", "preset"), ("max_steps", "epochs"), ("resume", "overwrite"))
 
-    model: Path | None = Field(None, description="Checkpoint folder in Hugging Face layout to start from.")
+    model: Path | None = Field(None, description="Checkpoint to start from, in any format that inspect knows.")
     preset: Annotated[str | None, AfterValidator(_known_preset)] = Field(
         None, description=f"Start from fresh weights instead: {', '.join(PRESETS)}, or a config.json."
     )
@@ -295,10 +303,55 @@ class TokenizerOptions(Options):
     vocab_size: int = Field(8192, ge=257, le=50257, description="Number of tokens, <|endoftext|> among them.")
 
 
+class AddTokenOptions(Options):
+    """Give spare tokens (<|extratoken_1|>, ...) names of your own; every id stays what it is."""
+
+    positional = ("folder", "tokens")
+
+    folder: Path = Field(description="Folder with the tokenizer's files; they are changed in place.")
+    tokens: Annotated[Texts, Field(min_length=1)] = Field(description="The new names, such as '<|sep|>'.")
+
+
+class ConvertOptions(Options):
+    """Write a checkpoint of any format as a folder that transformers, vLLM and CTranslate2 load."""
+
+    positional = ("source", "output")
+
+    source: Path = Field(description=SOURCE)
+    output: Path = Field(description="Folder to write.")
+    dtype: SaveDtype = Field("auto", description="Of the weights written; `auto`: as they are stored.")
+    max_shard_size: Size = Field(5_000_000_000, description="Bytes of a weight file, such as 2GiB.")
+    config: Path | None = Field(None, description=SOURCE_CONFIG)
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files; default: the source's.")
+    overwrite: bool = Field(False, description="Replace what is in the output folder.")
+
+
+class InspectOptions(Options):
+    """Say what a checkpoint is (format, shape, dtypes, tokenizer) and whether it is whole, without reading weights."""
+
+    positional = ("source",)
+
+    source: Path = Field(description=SOURCE)
+    config: Path | None = Field(None, description=SOURCE_CONFIG)
+
+
+class VerifyOptions(Options):
+    """Compare two checkpoints of any formats, tensor by tensor. Ends with code 0 if they are equal, else 3."""
+
+    positional = ("first", "second")
+
+    first: Path = Field(description=SOURCE)
+    second: Path = Field(description="The other one.")
+    logits: bool = Field(False, description="Also send the same text through both, in fp32.")
+    text: str | None = Field(None, description="That text; by default a line of English, code and other scripts.")
+    config: Path | None = Field(None, description=SOURCE_CONFIG)
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files; default: each one's own.")
+
+
 class EvaluateOptions(Options):
     """Loss, perplexity and bits per byte of a model on held-out data, each document on its own."""
 
-    model: Path = Field(description="Checkpoint folder in Hugging Face layout, or a run folder.")
+    model: Path = Field(description="Checkpoint in any format that inspect knows, or a run folder.")
     data: Sources = Field(description="Held-out data, in any form that train takes.")
     sequence_length: int | None = Field(None, ge=2, description=SEQUENCE_LENGTH + " Longer documents are cut.")
     micro_batch_size: int = Field(8, ge=1, description="Sequences that pass through a layer at once.")
@@ -311,7 +364,7 @@ class EvaluateOptions(Options):
 class GenerateOptions(Options):
     """Continue prompts."""
 
-    model: Path = Field(description="Checkpoint folder in Hugging Face layout, or a run folder.")
+    model: Path = Field(description="Checkpoint in any format that inspect knows, or a run folder.")
     prompt: Texts = Field((), description="One or more prompts. Control tokens spelled out in them are ordinary text.")
     prompt_file: Path | None = Field(None, description="JSONL file with a `prompt` (or `text`) a line.")
     max_new_tokens: int = Field(64, ge=1, description="At most so many tokens a prompt.")

@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened for use."""
+"""A checkpoint, opened for use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptj_stream.checkpoint.home import CheckpointHome
-from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
+from gptj_stream.checkpoint.source import Checkpoint
 from gptj_stream.config import ModelConfig
 from gptj_stream.data.tokenizer import Tokenizer
 from gptj_stream.errors import UserError
@@ -49,24 +49,30 @@ def load(
     device: str = "auto",
     memory: int | None = None,
     device_memory: int | None = None,
+    config_file: Path | None = None,
+    tokenizer: Path | None = None,
     report: Report | None = None,
 ) -> Pretrained:
-    """Open a checkpoint folder in Hugging Face layout, or a run folder.
+    """Open a checkpoint in any format that `gptj inspect` knows, or a run folder.
 
     Args:
         precision: `fp32`, `bf16`, or `auto` for bf16 where the device multiplies it natively.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`.
         memory: most bytes of this process's memory; a model that is larger is read layer by layer, in every pass.
         device_memory: the same of a CUDA device's.
+        config_file: as `Checkpoint` takes it.
+        tokenizer: folder of the tokenizer, by default the checkpoint's.
 
     Raises:
-        UserError: the folder does not hold a whole GPT-J with its tokenizer, or not even two layers fit in memory.
+        UserError: there is no whole GPT-J with its tokenizer, or not even two layers fit in memory.
     """
-    folder = HuggingFaceFolder(Path(model))
-    tokenizer = Tokenizer.load(Path(model))
+    checkpoint = Checkpoint(Path(model), config_file)
+    words = Tokenizer.load(tokenizer or checkpoint.folder)
     resolved = resolve_device(device)
-    store = _read_only(folder, resolved, resolve_dtype(precision, resolved), memory, device_memory, report or Report())
-    return Pretrained(folder.config, tokenizer, Executor(folder.config, store))
+    store = _read_only(
+        checkpoint, resolved, resolve_dtype(precision, resolved), memory, device_memory, report or Report()
+    )
+    return Pretrained(checkpoint.config, words, Executor(checkpoint.config, store))
 
 
 def open_model(options: EvaluateOptions | GenerateOptions, report: Report | None = None) -> Pretrained:
@@ -90,7 +96,7 @@ _WORKING_BYTES = 1 << 30
 
 
 def _read_only(
-    folder: HuggingFaceFolder,
+    checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     memory: int | None,
@@ -102,7 +108,7 @@ def _read_only(
     Raises:
         UserError: not even two layers fit.
     """
-    layouts = model_layouts(folder.config)
+    layouts = model_layouts(checkpoint.config)
     sizes = [layout.numel * dtype.itemsize for layout in layouts]
     cpu = torch.device("cpu")
     used = psutil.Process().memory_info().rss + _WORKING_BYTES
@@ -112,13 +118,13 @@ def _read_only(
         free_there = free_memory(device) if device_memory is None else device_memory - _WORKING_BYTES
     if sum(sizes) <= free_there:
         store = ResidentStore(layouts, device=device, dtype=dtype)
-        folder.load(store, report)
+        checkpoint.load(store, report)
         return store
     buffers = 2 * max(sizes)
     if buffers > min(free, free_there):
         raise UserError(
-            f"{folder.config.parameters:,} parameters are {dtype.itemsize} bytes each, {gib(sum(sizes))} in all; even "
-            f"layer by layer they need {gib(buffers)} of memory beside the program's own {gib(used)}, and "
+            f"{checkpoint.config.parameters:,} parameters are {dtype.itemsize} bytes each, {gib(sum(sizes))} in all; "
+            f"even layer by layer they need {gib(buffers)} of memory beside the program's own {gib(used)}, and "
             f"{gib(max(0, min(free, free_there)))} are free; raise --memory or --device-memory, or use a smaller model"
         )
     in_memory: list[int] = []
@@ -129,7 +135,7 @@ def _read_only(
         f"the model does not fit in {device}'s memory: {len(layouts) - len(in_memory)} of {len(layouts)} layers "
         "are read from the checkpoint in every pass"
     )
-    home = CheckpointHome(folder, layouts, dtype=dtype, in_memory=in_memory, pinned=device.type != "cpu")
+    home = CheckpointHome(checkpoint, layouts, dtype=dtype, in_memory=in_memory, pinned=device.type != "cpu")
     return Store(layouts, home, device=device, dtype=dtype)
 
 

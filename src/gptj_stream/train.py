@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptj_stream.checkpoint.huggingface import write_folder
+from gptj_stream.checkpoint.folder import stored_weights, write_folder
 from gptj_stream.checkpoint.native import save_checkpoint
 from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.errors import UserError
@@ -239,7 +239,7 @@ class _Loop:
         write_folder(
             folder,
             self.job.config,
-            self.store,
+            stored_weights(self.store),
             dtype=saved_dtype(self.options, source),
             carried_files=tokenizer_files.files(self.job.tokenizer_folder),
             source=source.folder if source else None,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptj_stream.checkpoint.home import CheckpointHome
-from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
+from gptj_stream.checkpoint.source import Checkpoint
 from gptj_stream.errors import UserError
 from gptj_stream.executor import Executor, model_layouts
 from gptj_stream.store import ResidentStore, Store
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def test_the_same_losses_as_resident(
     dtype: torch.dtype, in_memory: tuple[int, ...], checkpoint: Path, tiny: type[Tiny]
 ) -> None:
-    folder = HuggingFaceFolder(checkpoint)
+    folder = Checkpoint(checkpoint)
     layouts = model_layouts(folder.config)
     resident = ResidentStore(layouts, device=CPU, dtype=dtype)
     for layer, layout in enumerate(layouts):
@@ -46,6 +46,6 @@ def test_a_checkpoint_that_is_not_whole(checkpoint: Path, tmp_path: Path) -> Non
     del weights["transformer.h.1.ln_1.bias"]
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    folder = HuggingFaceFolder(tmp_path)
+    folder = Checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"transformer\.h\.1\.ln_1\.bias is missing; the checkpoint is not whole"):
         CheckpointHome(folder, model_layouts(folder.config), dtype=torch.float32)

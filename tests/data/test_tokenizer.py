@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptj_stream.data.tokenizer import END_OF_TEXT, Tokenizer, files, train_tokenizer
+from gptj_stream.data.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, files, train_tokenizer
 from gptj_stream.errors import UserError
 
 TEXT = "Hello  world,\n\tdon't stop: héllo 日本 🎉 \x00 1234\r\n"
@@ -162,3 +162,46 @@ def test_transformers_reads_what_we_train(trained_folder: Path) -> None:
     assert theirs.decode(ids) == TEXT
     assert theirs.eos_token_id == theirs.bos_token_id == ours.eos_token_id
     assert len(theirs) == ours.vocab_size
+
+
+class TestAddTokens:
+    """Spare tokens renamed: the ids stay, for us and for transformers."""
+
+    @pytest.fixture(params=["one file", "two files"])
+    def folder(self, request: pytest.FixtureRequest, trained_folder: Path, tmp_path: Path) -> Path:
+        """With five spare tokens, as GPT-J has 143."""
+        size = Tokenizer.load(trained_folder).vocab_size
+        names = [f"<|extratoken_{i}|>" for i in range(1, 6)]
+        if request.param == "two files":
+            folder = copy_as_vocab_and_merges(trained_folder, tmp_path)
+            (folder / "added_tokens.json").write_text(json.dumps({name: size + i for i, name in enumerate(names)}))
+            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+            return folder
+        from transformers import AutoTokenizer  # noqa: PLC0415  (seconds)
+
+        theirs = AutoTokenizer.from_pretrained(trained_folder)
+        theirs.add_tokens(names)
+        theirs.save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_new_names(self, folder: Path) -> None:
+        from transformers import AutoTokenizer  # noqa: PLC0415  (seconds)
+
+        before = Tokenizer.load(folder)
+        size = before.vocab_size
+        assert add_tokens(folder, ["<|sep|>", "<|user|>"]) == {"<|sep|>": size - 5, "<|user|>": size - 4}
+        tokenizer = Tokenizer.load(folder)
+        assert (tokenizer.vocab_size, len(tokenizer.spare_tokens())) == (size, 3)
+        expected = [*before.encode(TEXT), size - 5, *before.encode("b"), size - 4, size - 3]
+        text = f"{TEXT}<|sep|>b<|user|><|extratoken_3|>"
+        assert tokenizer.encode(text) == expected
+        assert AutoTokenizer.from_pretrained(folder)(text).input_ids == expected
+
+    @pytest.mark.parametrize("names", [["<|sep|>", "<|sep|>"], [" "], ["<|extratoken_2|>"], [END_OF_TEXT], ["a"]])
+    def test_names_that_cannot_be(self, names: list[str], folder: Path) -> None:
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match=r"is empty, given twice or a token already"):
+            add_tokens(folder, names)
+        with pytest.raises(UserError, match=r"6 names for 5 spare tokens"):
+            add_tokens(folder, [f"<|{i}|>" for i in range(6)])
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before

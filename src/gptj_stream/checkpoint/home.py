@@ -8,7 +8,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from gptj_stream.checkpoint.huggingface import HuggingFaceFolder
+from gptj_stream.checkpoint.source import Checkpoint
 from gptj_stream.layout import Layout
 from gptj_stream.store import PassiveHome
 from gptj_stream.store.direct_io import aligned_buffer
@@ -21,7 +21,7 @@ class CheckpointHome(PassiveHome):
 
     def __init__(
         self,
-        folder: HuggingFaceFolder,
+        checkpoint: Checkpoint,
         layouts: Sequence[Layout],
         *,
         dtype: torch.dtype,
@@ -31,8 +31,8 @@ class CheckpointHome(PassiveHome):
         """Raises:
         UserError: a tensor is missing or unexpected.
         """
-        folder.check_names(layouts)
-        self._folder, self._layouts, self._dtype = folder, layouts, dtype
+        checkpoint.check(layouts)
+        self._checkpoint, self._layouts, self._dtype = checkpoint, layouts, dtype
         self._lent: dict[int, Tensor] = {}
         self._buffers: SimpleQueue[Tensor] = SimpleQueue()
         largest = max(layout.numel for layout in layouts)
@@ -40,14 +40,14 @@ class CheckpointHome(PassiveHome):
             self._buffers.put(self._new(largest, pinned))
         self._in_memory = {layer: self._new(layouts[layer].numel, pinned) for layer in in_memory}
         for layer, flat in self._in_memory.items():
-            folder.read_layer(layouts[layer], flat)
+            checkpoint.read_layer(layouts[layer], flat)
 
     def fetch(self, layer: int, *, whole: bool) -> dict[str, Tensor]:
         if layer in self._in_memory:
             return {"weight": self._in_memory[layer]}
         buffer = self._lent[layer] = self._buffers.get()
         flat = buffer[: self._layouts[layer].numel]
-        self._folder.read_layer(self._layouts[layer], flat)
+        self._checkpoint.read_layer(self._layouts[layer], flat)
         return {"weight": flat}
 
     def release(self, layer: int) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -16,6 +18,7 @@ from gptj_stream.errors import UserError
 from gptj_stream.files import read_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
+SPARE = re.compile(r"<\|extratoken_\d+\|>")
 
 FILES = (
     "tokenizer.json",
@@ -79,12 +82,21 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Rows that a model needs for every id, added tokens included: the largest id + 1."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self.vocabulary().values())
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which ids a document becomes."""
         return hashlib.sha256(f"{self._backend.to_str()}\n{self.eos_token_id}".encode()).hexdigest()
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def spare_tokens(self) -> list[str]:
+        """Tokens without a meaning, `<|extratoken_1|>` and so on, by id."""
+        vocabulary = self.vocabulary()
+        return sorted((token for token in vocabulary if SPARE.fullmatch(token)), key=vocabulary.__getitem__)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` and nothing else: no token is put before or after."""
@@ -125,6 +137,44 @@ class TextStream:
 def files(folder: Path) -> list[Path]:
     """The tokenizer's files in `folder`, which a checkpoint made from it carries over."""
     return [folder / name for name in FILES if (folder / name).is_file()]
+
+
+def add_tokens(folder: Path, names: Sequence[str]) -> dict[str, int]:
+    """Rename the first spare tokens in the tokenizer's files; returns the ids of the new names.
+
+    Raises:
+        UserError: a name that is a token already, or more names than spare tokens; the files are as before.
+    """
+    tokenizer = Tokenizer.load(folder)
+    vocabulary = tokenizer.vocabulary()
+    for name in names:
+        if not name.strip() or name in vocabulary or names.count(name) > 1:
+            raise UserError(f"{folder}: {name!r} is empty, given twice or a token already; choose another name")
+    spare = tokenizer.spare_tokens()
+    if len(names) > len(spare):
+        raise UserError(f"{folder}: {len(names)} names for {len(spare)} spare tokens (<|extratoken_N|>); give fewer")
+    renamed = dict(zip(spare, names, strict=False))
+    changed = {}
+    for path in files(folder):
+        if path.suffix == ".json":
+            before = read_json(path)
+            after = _renamed(before, renamed)
+            if after != before:
+                changed[path] = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
+    for path, text in changed.items():
+        write_text(path, text)
+    return {name: vocabulary[token] for token, name in renamed.items()}
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A JSON value with every key and string that is one of `names` replaced."""
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, list):
+        return [_renamed(each, names) for each in value]
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(each, names) for key, each in value.items()}
+    return value
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, output: Path) -> Tokenizer:

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptj_stream.checkpoint.huggingface import INDEX, WEIGHTS, HuggingFaceFolder, write_folder
+from gptj_stream.checkpoint.folder import INDEX, stored_weights, write_folder
+from gptj_stream.checkpoint.source import SAFETENSORS, Checkpoint
 from gptj_stream.config import ModelConfig
 from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.errors import UserError
@@ -35,7 +36,7 @@ def oracle(tiny: Any, job_config: ModelConfig) -> GPTJForCausalLM:
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32) -> ResidentStore:
-    source = HuggingFaceFolder(folder)
+    source = Checkpoint(folder)
     store = ResidentStore(model_layouts(source.config), device=torch.device("cpu"), dtype=dtype)
     source.load(store, Report())
     return store
@@ -65,7 +66,7 @@ def test_reads_what_transformers_saves(
     model = tiny.oracle(job_config).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
-    assert HuggingFaceFolder(tmp_path).dtype == dtype
+    assert Checkpoint(tmp_path).dtype == dtype
     assert_same_bytes(tiny.weights(opened(tmp_path, dtype)), dict(model.named_parameters()))
 
 
@@ -79,10 +80,14 @@ def test_round_trip_keeps_every_byte(
     dtype: torch.dtype,
 ) -> None:
     tiny.oracle(job_config).to(dtype).save_pretrained(tmp_path / "in", max_shard_size="30KB")
-    source = HuggingFaceFolder(tmp_path / "in")
+    source = Checkpoint(tmp_path / "in")
     # read to fp32, as training keeps its weights, and written back
     write_folder(
-        tmp_path / "out", source.config, opened(tmp_path / "in"), dtype=source.dtype, max_shard_size=max_shard_size
+        tmp_path / "out",
+        source.config,
+        stored_weights(opened(tmp_path / "in")),
+        dtype=source.dtype,
+        max_shard_size=max_shard_size,
     )
     assert_same_bytes(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "in"))
 
@@ -101,8 +106,8 @@ def test_transformers_loads_ours_without_a_warning(
 
     write_folder(
         tmp_path / "out",
-        HuggingFaceFolder(checkpoint).config,
-        opened(checkpoint),
+        Checkpoint(checkpoint).config,
+        stored_weights(opened(checkpoint)),
         dtype=torch.float32,
         carried_files=tokenizer_files.files(checkpoint),
         source=checkpoint,
@@ -129,8 +134,8 @@ def test_shards_stay_within_their_size_and_the_index_names_them(checkpoint: Path
     limit = 20_000
     write_folder(
         tmp_path / "out",
-        HuggingFaceFolder(checkpoint).config,
-        opened(checkpoint),
+        Checkpoint(checkpoint).config,
+        stored_weights(opened(checkpoint)),
         dtype=torch.float32,
         max_shard_size=limit,
     )
@@ -154,10 +159,10 @@ def test_config_and_generation_config_survive(checkpoint: Path, tmp_path: Path) 
     for path in checkpoint.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     (source / "generation_config.json").write_text(json.dumps(generation))
-    folder = HuggingFaceFolder(source)
-    write_folder(tmp_path / "out", folder.config, opened(source), dtype=torch.bfloat16, source=source)
+    folder = Checkpoint(source)
+    write_folder(tmp_path / "out", folder.config, stored_weights(opened(source)), dtype=torch.bfloat16, source=source)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
-    written = HuggingFaceFolder(tmp_path / "out")
+    written = Checkpoint(tmp_path / "out")
     assert written.config == folder.config
     assert written.dtype == torch.bfloat16
     theirs = json.loads((checkpoint / "config.json").read_text())
@@ -169,18 +174,18 @@ def test_config_and_generation_config_survive(checkpoint: Path, tmp_path: Path) 
 
 
 def test_a_fresh_model_gets_a_generation_config(checkpoint: Path, tmp_path: Path) -> None:
-    config = HuggingFaceFolder(checkpoint).config
-    write_folder(tmp_path / "out", config, opened(checkpoint), dtype=torch.float32)
+    config = Checkpoint(checkpoint).config
+    write_folder(tmp_path / "out", config, stored_weights(opened(checkpoint)), dtype=torch.float32)
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
 
 
 def test_causal_masks_of_old_checkpoints_are_ignored(checkpoint: Path, tmp_path: Path, tiny: Any) -> None:
-    weights = load_file(checkpoint / WEIGHTS)
+    weights = load_file(checkpoint / SAFETENSORS)
     for layer in range(2):
         weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
         weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
-    save_file(weights, tmp_path / WEIGHTS)
+    save_file(weights, tmp_path / SAFETENSORS)
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     assert_same_bytes(tiny.weights(opened(tmp_path)), tiny.weights(opened(checkpoint)))
 
@@ -191,27 +196,27 @@ def test_a_config_without_the_newer_keys_is_read(checkpoint: Path, tmp_path: Pat
     for name in ("tie_word_embeddings", "dtype", "transformers_version"):
         values.pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(values | {"n_inner": None, "gradient_checkpointing": False}))
-    (tmp_path / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes())
-    assert HuggingFaceFolder(tmp_path).config == HuggingFaceFolder(checkpoint).config
+    (tmp_path / SAFETENSORS).write_bytes((checkpoint / SAFETENSORS).read_bytes())
+    assert Checkpoint(tmp_path).config == Checkpoint(checkpoint).config
 
 
 def test_fp16_refuses_what_it_cannot_hold_and_leaves_the_folder_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
-    config, store = HuggingFaceFolder(checkpoint).config, opened(checkpoint)
-    write_folder(tmp_path / "out", config, store, dtype=torch.float16)
+    config, store = Checkpoint(checkpoint).config, opened(checkpoint)
+    write_folder(tmp_path / "out", config, stored_weights(store), dtype=torch.float16)
     before = stored_tensors(tmp_path / "out")
     weight = store.read(0)["weight"]
     weight[0] = 70_000.0  # fp16 ends at 65504
     store.load(0, weight)
-    with pytest.raises(UserError, match=r"wte\.weight holds values that F16 cannot; use another --save-dtype"):
-        write_folder(tmp_path / "out", config, store, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"wte\.weight holds values beyond float16's range; use another dtype"):
+        write_folder(tmp_path / "out", config, stored_weights(store), dtype=torch.float16)
     assert_same_bytes(stored_tensors(tmp_path / "out"), before)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_integer_tensor_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    weights = load_file(checkpoint / WEIGHTS)
+    weights = load_file(checkpoint / SAFETENSORS)
     weights["transformer.ln_f.bias"] = weights["transformer.ln_f.bias"].to(torch.int8)
-    save_file(weights, tmp_path / WEIGHTS)
+    save_file(weights, tmp_path / SAFETENSORS)
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    with pytest.raises(UserError, match=r"transformer\.ln_f\.bias has dtype I8; only F32"):
+    with pytest.raises(UserError, match=r"transformer\.ln_f\.bias has dtype int8; weights are read in float32"):
         opened(tmp_path)
