@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from gptj_stream.data.tokens import TokenDataset
 from gptj_stream.errors import UserError
 from gptj_stream.evaluate import evaluate
 from gptj_stream.options import EvaluateOptions, TrainOptions
+from gptj_stream.report import Advance, Report
 from gptj_stream.run_folder import RunFolder
 from gptj_stream.train import train
 
@@ -213,6 +215,32 @@ def test_a_killed_streamed_run_resumes_to_the_same_bits(
     assert kills >= 3, "it ended before it could be killed"
     assert losses(killed.root) == losses(whole)
     assert same_weights(killed.root, whole)
+
+
+class Interrupting(Report):
+    """Stops the run in the middle of its first evaluation, as Ctrl-C does."""
+
+    @contextmanager
+    def bar(self, what: str, total: float, *, steps: bool = False, every: int = 0) -> Iterator[Advance]:
+        def advance(done: float, text: str) -> None:
+            if text.startswith("evaluating"):
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_an_evaluation_that_was_cut_short_is_made_again(from_checkpoint: Start, corpus: Path, tmp_path: Path) -> None:
+    """A store goes on from its last step, which is the one that was being evaluated."""
+    common = {"store": "file", "eval_data": (corpus / "heldout.jsonl",), "eval_steps": 2, "max_steps": 4}
+    whole = train(from_checkpoint(output=tmp_path / "whole", **common)).output
+    options = from_checkpoint(output=tmp_path / "cut", **common)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, Interrupting())
+    assert not losses(options.output, "eval_loss")
+    train(options.model_copy(update={"resume": True}))
+    assert losses(options.output, "eval_loss") == losses(whole, "eval_loss")
+    assert losses(options.output) == losses(whole)
+    assert same_weights(options.output, whole)
 
 
 def test_trace(from_checkpoint: Start, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import re
 import sys
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments
+    options: Options | None = None
     try:
         command, options, as_json = parse(arguments)
         return (command.run(options, as_json) if command.json else command.run(options)) or 0
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader of our output has left, as `| head` does
             sys.stderr.close()
             return 1
-        return _fail(str(error), 2)
+        return _fail(_said(error, options), 2)
     except KeyboardInterrupt:
         return _fail("interrupted; `gptj train --output RUN --resume` goes on from a run's newest checkpoint", 130)
     except Exception as error:
@@ -218,6 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_out_of_memory(error):
             return _fail(f"out of memory: {error}; lower --micro-batch-size, --sequence-length or --kept-layers", 2)
         return _fail(f"internal error: {type(error).__name__}: {error} (--traceback shows where)", 1)
+
+
+def _said(error: Exception, options: Options | None) -> str:
+    if not (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return str(error)
+    where = error.filename or getattr(options, "output", None) or "output"  # a write does not know its file's name
+    return f"{where}: {error.strerror}; make room and run the command again (a training run with --resume)"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

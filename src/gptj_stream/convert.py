@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptj_stream.checkpoint.folder import checkpoint_weights, write_folder
 from gptj_stream.checkpoint.source import FLOATING, Checkpoint, is_buffer, provenance
-from gptj_stream.checkpoint.tensors import PIECE_BYTES, StoredTensor
+from gptj_stream.checkpoint.tensors import StoredTensor
 from gptj_stream.config import ModelConfig
 from gptj_stream.data import tokenizer as tokenizer_files
 from gptj_stream.data.tokenizer import Tokenizer
@@ -220,10 +220,7 @@ def _side_by_side(name: str, a: StoredTensor, b: StoredTensor) -> Iterator[tuple
     for tensor in (a, b):
         if tensor.dtype not in FLOATING:
             raise UserError(f"{tensor.file}: {name} has dtype {tensor.dtype}; only floating point is compared")
-    rows = max(a.rows_at_once, b.rows_at_once)
-    rows = rows or max(1, PIECE_BYTES // (4 * max(1, a.numel // max(1, a.shape[0]))))
-    for start in range(0, a.shape[0], rows):
-        stop = min(start + rows, a.shape[0])
+    for start, stop in (a if a.rows_at_once > b.rows_at_once else b).steps():
         yield a.read_rows(start, stop), b.read_rows(start, stop)
 
 

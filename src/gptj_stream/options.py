@@ -355,6 +355,7 @@ class EvaluateOptions(Options):
     data: Sources = Field(description="Held-out data, in any form that train takes.")
     sequence_length: int | None = Field(None, ge=2, description=SEQUENCE_LENGTH + " Longer documents are cut.")
     micro_batch_size: int = Field(8, ge=1, description="Sequences that pass through a layer at once.")
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files; default: the model's.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)
     memory: Size | None = Field(None, description=MODEL_MEMORY)
@@ -376,6 +377,7 @@ class GenerateOptions(Options):
         8, ge=1, description="Prompts continued together; lower it where the cache does not fit in memory."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of sampling; each prompt draws its own numbers.")
+    tokenizer: Path | None = Field(None, description="Folder with the tokenizer's files; default: the model's.")
     precision: Precision = Field("auto", description=PRECISION)
     device: Device = Field("auto", description=DEVICE)
     memory: Size | None = Field(None, description=MODEL_MEMORY)

@@ -87,6 +87,7 @@ def open_model(options: EvaluateOptions | GenerateOptions, report: Report | None
         device=options.device,
         memory=options.memory,
         device_memory=options.device_memory,
+        tokenizer=options.tokenizer,
         report=report,
     )
 

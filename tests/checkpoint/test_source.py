@@ -197,7 +197,7 @@ WTE, NORM = "transformer.wte.weight", "transformer.ln_f.bias"
         (lambda folder: (folder / "config.json").unlink(), r"it has no config\.json, and no shard_0"),
         (lambda folder: (folder / SAFETENSORS).unlink(), r"has no model\.safetensors or pytorch_model\.bin"),
         (lambda folder: (folder / SAFETENSORS).write_text("version https://git-lfs.github.com/spec/v1\n"), r"Git LFS"),
-        (lambda folder: (folder / SAFETENSORS).write_bytes(b""), r"damaged, or not a PyTorch checkpoint"),
+        (lambda folder: (folder / SAFETENSORS).write_bytes(b""), r"damaged or not safetensors"),
         (changed(model_type="gpt2"), r"model_type is 'gpt2'"),
         (changed(n_layer=10**9), r"n_layer is 1000000000"),
         (changed(vocab_size=10**12), r"vocab_size is 1000000000000"),

@@ -37,14 +37,18 @@ def assert_read(path: Path, expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
-        if tensor.dim():
-            assert torch.equal(whole(found[name]), tensor), name
+        assert torch.equal(whole(found[name]).view(tensor.shape), tensor), name
 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8], ids=str)
 def test_a_state_dict(dtype: torch.dtype, zipped: bool, tmp_path: Path) -> None:
-    values = {"a": torch.randn(5, 7).mul(10).to(dtype), "b.c": torch.ones(3, dtype=dtype), "d": torch.zeros(0, 4)}
+    values = {
+        "a": torch.randn(5, 7).mul(10).to(dtype),
+        "b.c": torch.ones(3, dtype=dtype),
+        "d": torch.zeros(0, 4),
+        "e": torch.tensor(2.5),
+    }
     assert_read(save(values, tmp_path / "w.bin", zipped=zipped), values)
 
 

@@ -276,7 +276,10 @@ def _inputs(leaves: Sequence[Leaf]) -> StoredTensor:
     inputs, outputs = leaves[0].shape
 
     def read_rows(start: int, stop: int) -> Tensor:
-        return torch.cat([leaf.read()[:, start:stop] for leaf in leaves]).T
+        rows = torch.empty(stop - start, len(leaves) * inputs, dtype=leaves[0].dtype)
+        for leaf, columns in zip(leaves, rows.split(inputs, dim=1), strict=True):
+            columns.copy_(leaf.read()[:, start:stop].T)
+        return rows
 
     return _stored(leaves, (outputs, len(leaves) * inputs), read_rows, rows_at_once=outputs)
 

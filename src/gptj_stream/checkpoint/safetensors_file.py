@@ -70,7 +70,7 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -
     def read_rows(start: int, stop: int) -> Tensor:
         # opened each time: the pages of an open file that were read count as this process's memory
         with _open(path) as file:
-            rows: Tensor = file.get_slice(name)[start:stop]
+            rows: Tensor = file.get_slice(name)[start:stop] if shape else file.get_tensor(name).reshape(1)
         return rows
 
     return StoredTensor(path, shape, dtype, read_rows)

@@ -24,7 +24,7 @@ class StoredTensor:
         file: for messages, and for what a checkpoint is made of.
         dtype: of the stored values; one that is not floating point is not read.
         read_rows: (start, stop) -> those rows, (stop - start, ...), in `dtype` or a wider one. Rows are the first
-            dimension; a tensor without dimensions has none.
+            dimension; a tensor without dimensions is one row, (1,).
         rows_at_once: what `read_rows` is best called with multiples of; 0 where it does not matter.
     """
 
@@ -42,12 +42,16 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
     def steps(self) -> Iterator[tuple[int, int]]:
         """Row ranges that cover the tensor in order, in pieces of a size to hold in memory."""
-        row_bytes = max(1, self.nbytes // max(1, self.shape[0]))
-        rows = self.rows_at_once or max(1, PIECE_BYTES // row_bytes)
-        for start in range(0, self.shape[0], rows):
-            yield start, min(start + rows, self.shape[0])
+        row_bytes = max(1, self.nbytes // max(1, self.rows))
+        step = self.rows_at_once or max(1, PIECE_BYTES // row_bytes)
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
 
 
 def read_exactly(path: Path, offset: int, numel: int, dtype: torch.dtype) -> Tensor:

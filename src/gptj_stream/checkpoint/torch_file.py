@@ -110,11 +110,11 @@ def _stored(path: Path, name: str, view: _View, places: Mapping[str, Member]) ->
         )
 
     def read_rows(start: int, stop: int) -> Tensor:
-        shape = (stop - start, *view.shape[1:])
-        rows = _View(storage, view.offset + start * view.stride[0], shape, view.stride)
+        shape, stride = (stop - start, *view.shape[1:]), view.stride or (1,)
+        rows = _View(storage, view.offset + start * stride[0], shape, stride)
         numel = rows.last + 1 - rows.offset
         values = read_exactly(path, place.offset + rows.offset * size, numel, storage.dtype)
-        return values.as_strided(shape, view.stride)
+        return values.as_strided(shape, stride)
 
     # rows that lie across one another, as of a transposed matrix, are read together
     across = len(view.shape) > 1 and view.stride[0] < max(view.stride[1:])
