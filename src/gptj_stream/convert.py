@@ -52,7 +52,6 @@ def convert(options: ConvertOptions, report: Report) -> Converted:
         raise UserError(f"{options.output}: {gib(nbytes)} are needed, {gib(free)} are free in {place}")
     tokenizer_folder = options.tokenizer or source.folder
     carried = tokenizer_files.files(tokenizer_folder)
-    origin = {name: value for name, value in provenance(source).items() if value is not None}
     write_folder(
         options.output,
         source.config,
@@ -61,7 +60,7 @@ def convert(options: ConvertOptions, report: Report) -> Converted:
         carried_files=carried,
         source=source.folder,
         max_shard_size=options.max_shard_size,
-        provenance=origin,
+        provenance=provenance(source),
         report=report,
     )
     if not carried:

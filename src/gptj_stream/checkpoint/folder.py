@@ -54,7 +54,7 @@ def write_folder(
     carried_files: Iterable[Path] = (),
     source: Path | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, str] | None = None,
     report: Report | None = None,
 ) -> None:
     """Write a model as a folder in Hugging Face layout; it appears whole or not at all.
@@ -167,7 +167,7 @@ class _Hashing:
 
 
 def _card(
-    name: str, config: ModelConfig, dtype: torch.dtype, provenance: Mapping[str, Any], hashes: Mapping[str, str]
+    name: str, config: ModelConfig, dtype: torch.dtype, provenance: Mapping[str, str], hashes: Mapping[str, str]
 ) -> str:
     """A stub of a model card, with what is known of the weights' origin."""
     origin = "\n".join(f"- {what}: {value}" for what, value in provenance.items())

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,13 +144,8 @@ def _open(path: Path, config_file: Path | None) -> _Opened:
         raise UserError(f"{path}: no such file or folder; give a checkpoint")
     if path.is_file():
         return _open_file(path, config_file)
-    if (path / "config.json").is_file() or config_file is None:
-        shards = None if (path / "config.json").is_file() else find_shards(path)
-    else:
-        shards = find_shards(path)
-    if shards:
-        return _open_mesh(shards, config_file)
-    return _open_huggingface(path, config_file)
+    shards = None if (path / "config.json").is_file() else find_shards(path)
+    return _open_mesh(shards, config_file) if shards else _open_huggingface(path, config_file)
 
 
 def _open_file(path: Path, config_file: Path | None) -> _Opened:
@@ -243,7 +237,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_MESSAGE_NAMES]) + verb
 
 
-def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+def provenance(checkpoint: Checkpoint) -> dict[str, str]:
     """What a model made from it should say of its origin."""
-    files = {path.name: path.stat().st_size for path in checkpoint.files}
-    return {"source": checkpoint.path.name, "format": checkpoint.format, "step": checkpoint.step, "files": files}
+    sizes = {path.name: path.stat().st_size for path in checkpoint.files}
+    origin = {"source": checkpoint.path.name, "format": checkpoint.format}
+    if checkpoint.step is not None:
+        origin["step"] = str(checkpoint.step)
+    if len(sizes) <= _MESSAGE_NAMES:
+        return origin | {f"read from {name}": f"{size:,} bytes" for name, size in sizes.items()}
+    return origin | {"read from": f"{len(checkpoint.files)} files"}
