@@ -21,6 +21,7 @@ from gptj_stream.options import TrainOptions
 from gptj_stream.plan import CPU, Kind, Plan, state_name
 from gptj_stream.report import Report, gib
 from gptj_stream.speed import Speed, measure
+from gptj_stream.store.file_home import STORE_FILES
 
 _PROGRAM = 100 << 20
 """What the program itself still grows by: compiled kernels, threads' stacks, what the allocator holds back."""
@@ -55,10 +56,13 @@ def fitting_plan(
         folder=store_folder(options),
         output=options.output,
         result_bytes=config.parameters * saved_dtype.itemsize * (2 if options.eval_data else 1),
-        program_bytes=_program_bytes(),
+        program_bytes=0,
+        checkpoints=1 + options.save_total_limit,  # a new one is written before the oldest goes
         kept_layers=min(options.kept_layers or 0, config.n_layer),
     )
     ways = list(_ways(base, options))
+    program = _program_bytes()  # now that all that an optimizer imports is there
+    ways = [replace(way, program_bytes=program) for way in ways]
     plan = next(filter(limits.allow, ways), None)
     if plan is None:
         raise _too_small(ways[-1], limits)
@@ -81,9 +85,11 @@ def fastest_plan(plan: Plan, options: TrainOptions, report: Report, *, refresh: 
     plan = replace(plan, program_bytes=_program_bytes())
     limits = _Limits.of(options, plan.device)
     activations = _activations(plan) if options.kept_layers is None else [plan]
-    ways = [way for each in activations if (way := _with_weights_at_hand(each, limits))]
+    ways = [_with_weights_at_hand(each, limits) for each in activations if limits.allow(each)]
+    if not ways:  # the program has grown since the plan was made
+        raise _too_small(plan, limits)
     # of equally fast ones the first: it takes least memory
-    return min(ways, key=lambda way: sum(way.seconds(speed).values()), default=plan), speed
+    return min(ways, key=lambda way: sum(way.seconds(speed).values())), speed
 
 
 def _activations(plan: Plan) -> Iterator[Plan]:
@@ -171,6 +177,10 @@ class _Limits:
             return f"{gib(memory)} of memory, {gib(self.memory)} {'are allowed' if self.asked else 'are free'}"
         if on_device > self.device_memory:
             return f"{gib(on_device)} of {plan.device}'s memory, {gib(self.device_memory)} are there"
+        return self.missing_disk(plan)
+
+    def missing_disk(self, plan: Plan) -> str:
+        """The same of disks."""
         uses = plan.disk()
         disks: dict[int, list[str]] = {}
         for what in uses:
@@ -190,31 +200,41 @@ def _existing(path: Path) -> Path:
 def _replaced_bytes(plan: Plan) -> int:
     """Of files that the run takes over or deletes: its own when it is resumed, those of one that it overwrites."""
     before = plan.output.absolute()
-    folders = {plan.folder.absolute(), before / "run", set_aside_path(before) / "run"}
-    paths = {path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()}
-    return sum(path.stat().st_size for path in paths)
+    folders = (before / "run", set_aside_path(before) / "run")
+    paths = {path for folder in folders if folder.is_dir() for path in folder.rglob("*")}
+    paths |= {plan.folder.absolute() / name for name in STORE_FILES}
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _with_weights_at_hand(plan: Plan, limits: _Limits) -> Plan | None:
-    """The plan with as many layers' weights in memory as fit; None if it does not fit without any."""
-    if not limits.allow(plan):
-        return None
-    if plan.kind == "file":
-        while plan.in_memory < len(plan.layouts) and limits.allow(more := replace(plan, in_memory=plan.in_memory + 1)):
-            plan = more
-    return plan
+def _with_weights_at_hand(plan: Plan, limits: _Limits) -> Plan:
+    """The plan, which fits, with as many layers' weights in memory as fit as well."""
+    if plan.kind != "file":
+        return plan
+    left = limits.memory - sum(plan.memory().values())
+    count = 0
+    for layer in reversed(plan.parts):
+        left -= layer["weight"].nbytes
+        if left < 0:
+            break
+        count += 1
+    return replace(plan, in_memory=count)
 
 
 def _too_small(plan: Plan, limits: _Limits) -> UserError:
     """Name what is missing for the most modest way, and what would work: with smaller steps, or with more memory."""
+    missing = limits.missing(plan)
     message = (
         f"training {plan.config.parameters:,} parameters ({plan.kind} store, {state_name(plan.optimizer)} state) needs "
-        f"{limits.missing(plan)}"
+        f"{missing}"
     )
-    smaller = replace(plan, kept_layers=0, micro_batch_size=1)
+    if missing == limits.missing_disk(plan):  # which no smaller step would mend
+        return UserError(f"{message}; make room there, or name folders on a larger disk (--output, --store)")
+    smaller = replace(plan, kept_layers=0, narrow_layers=0, micro_batch_size=1)
     while not limits.allow(smaller) and smaller.global_batch_size > 1:
         smaller = replace(smaller, global_batch_size=smaller.global_batch_size // 2)
     steps = f"--micro-batch-size 1 --global-batch-size {smaller.global_batch_size}"
+    if plan.kept_layers:
+        steps += " --kept-layers 0"
     if limits.allow(smaller):
         return UserError(f"{message}; it fits with {steps}")
     needs = [f"--memory {_size(smaller.memory())}"]

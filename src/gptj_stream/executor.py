@@ -33,10 +33,11 @@ def block_activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype,
     """What a block keeps from forward to backward, beside its input and output: 4 values of the model's width a token
     and, with `inner`, one of the inner width.
 
-    They are rotated q and k, v and the attention's output, and the feed-forward's values before GELU. Dropout masks are
-    not counted.
+    They are rotated q and k, v and the attention's output, and the feed-forward's values before GELU. Dropout adds the
+    masks of the two outputs.
     """
-    return tokens * dtype.itemsize * (4 * config.n_embd + inner * config.inner_dim)
+    values = (6 if config.resid_pdrop else 4) * config.n_embd + inner * config.inner_dim
+    return tokens * dtype.itemsize * values
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,17 @@ class _Graph:
         norm: nn.Module | None,
     ) -> None:
         """Record `run(weights, x)`; `weights` are views of `flat`, and a block begins with its `norm`, `ln_1`."""
-        self._flat: Tensor | None = None
         self._x = x.detach().requires_grad_(x.is_floating_point())  # the first layer's input is token ids
         self._leaves = {
             name: weight.new_empty(()).expand(weight.shape).requires_grad_() for name, weight in weights.items()
         }
         # numbers, not `flat` itself: what the graph refers to lives as long as it
         start, storage = int(flat.storage_offset()), flat.untyped_storage().data_ptr()
-        self._norm, self._normed = norm, torch.empty(0)
+        self._norm = norm
+        # [the layer's buffer, the norm's output] while the graph is differentiated; not `self`, for a cycle through
+        # autograd's nodes is one that Python cannot collect
+        at_hand: list[Tensor] = []
+        self._at_hand = at_hand
         if norm:
             self._norm_places = {name: _Place.of(weights[f"ln_1.{name}"], start) for name, _ in norm.named_parameters()}
 
@@ -113,8 +117,8 @@ class _Graph:
         def unpack(saved: Tensor | _Place | None) -> Tensor:
             if isinstance(saved, Tensor):
                 return saved
-            assert self._flat is not None, "weights are at hand while the graph is differentiated"
-            return self._normed if saved is None else saved.view(self._flat)
+            flat, normed_again = at_hand
+            return normed_again if saved is None else saved.view(flat)
 
         with _outputs(norm) as normed, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             stand_ins = {name: _StandIn.apply(self._leaves[name], weight) for name, weight in weights.items()}  # type: ignore[no-untyped-call]
@@ -122,11 +126,12 @@ class _Graph:
 
     def differentiate(self, flat: Tensor, grad_output: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """The gradients by the weights, in their order, and by the input (meaningless where that is token ids)."""
-        self._flat = flat
+        normed = self._x
         if self._norm:
             with torch.no_grad():
                 weights = {name: place.view(flat) for name, place in self._norm_places.items()}
-                self._normed = functional_call(self._norm, weights, (self._x,))
+                normed = functional_call(self._norm, weights, (self._x,))
+        self._at_hand += [flat, normed]
         leaves = [*self._leaves.values(), self._x] if self._x.requires_grad else [*self._leaves.values()]
         grads = torch.autograd.grad(self.out, leaves, grad_output.expand_as(self.out))
         return grads[: len(self._leaves)], grads[-1]
@@ -198,6 +203,7 @@ class Executor:
                         with torch.no_grad():
                             outputs.append(self._run(layer, self._weights(layer, flat), x, each))
             inputs.append(outputs)
+            del outputs
 
         losses: list[Tensor] = []
         targets = sum(batch.target_count for batch in batches)
@@ -218,6 +224,7 @@ class Executor:
                         view.copy_(grad)
                     else:
                         accumulate(view, grad)
+                del graph, grads, grad  # before the next ones are made
             self.store.put_gradient(layer, gradient)
         return [loss.item() for loss in losses]
 

@@ -93,6 +93,7 @@ def plan_run(options: PlanOptions, report: Report) -> tuple[Plan, Speed]:
 
 def _fitting_plan(options: TrainOptions, config: ModelConfig, source: Checkpoint | None) -> Plan:
     device = resolve_device(options.device)
+    config = config if options.dropout is None else config.with_dropout(options.dropout)
     length = checked_sequence_length(options.sequence_length, config)
     dtype = resolve_dtype(options.precision, device)
     return fitting_plan(options, config, device, dtype, length, saved_dtype(options, source))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptj_stream.batch import ROW_MULTIPLE
 from gptj_stream.config import ModelConfig
@@ -57,8 +58,16 @@ class DocumentAttention:
             self._groups.setdefault(-(-length // ROW_MULTIPLE) * ROW_MULTIPLE, []).append(document)
 
     def __call__(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
-        if len(set(self.lengths)) == 1:
+        if len(set(self.lengths)) == 1 and not self.dropout:
             return self._attend(*(x.unflatten(0, (len(self.lengths), -1)) for x in (q_NHK, k_NHK, v_NHK))).flatten(0, 1)
+        # computed again in the backward pass: to keep padded copies, or the dropped-out weights, would take far more
+        # memory than q, k and v
+        out: Tensor = checkpoint(
+            self._by_lengths, q_NHK, k_NHK, v_NHK, use_reentrant=False, preserve_rng_state=self.dropout > 0
+        )
+        return out
+
+    def _by_lengths(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
         documents = [x.split(self.lengths) for x in (q_NHK, k_NHK, v_NHK)]
         out: list[Tensor] = [q_NHK] * len(self.lengths)
         for length, group in self._groups.items():

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from gptj_stream.batch import ROW_MULTIPLE
 from gptj_stream.config import ModelConfig
 from gptj_stream.executor import block_activation_bytes, model_layouts
 from gptj_stream.layout import Layout
@@ -39,6 +40,7 @@ class Plan:
 
     Attributes:
         kind: where weights, gradients and optimizer state live.
+        checkpoints: how many resumable ones are there at the most, where the store is not one itself.
         kept_layers: how many blocks keep their activations.
         narrow_layers: how many keep them but for the feed-forward's inner ones.
         in_memory: of how many layers a file store keeps the weights in memory as well.
@@ -60,6 +62,7 @@ class Plan:
     output: Path
     result_bytes: int
     program_bytes: int
+    checkpoints: int = 2
     kept_layers: int = 0
     narrow_layers: int = 0
     in_memory: int = 0
@@ -85,6 +88,11 @@ class Plan:
     def tokens(self) -> int:
         """Of a step."""
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch, as the kernels get it: its tokens and filler."""
+        return -(-self.micro_batch_size * self.sequence_length // ROW_MULTIPLE) * ROW_MULTIPLE
 
     @property
     def forgetful_layers(self) -> int:
@@ -140,7 +148,7 @@ class Plan:
         """Space that the run takes on disks, by what for."""
         if self.kind == "file":
             return {"store": file_bytes(self.parts, self.optimizer.gradient_dtype), "result": self.result_bytes}
-        return {"two checkpoints": 2 * self.state_bytes, "result": self.result_bytes}
+        return {"checkpoints": self.checkpoints * self.state_bytes, "result": self.result_bytes}
 
     def place(self, what: str) -> Path:
         """The folder of one of `disk`'s uses."""
@@ -163,7 +171,7 @@ class Plan:
         config, forgetful = self.config, self.forgetful_layers
         forward = forgetful * speed.block_forward + (config.n_layer - forgetful) * speed.block_forward_kept
         backward = config.n_layer * speed.block_backward + speed.head
-        inner = 2 * self.micro_batch_size * self.sequence_length * config.n_embd * config.inner_dim / speed.gemm
+        inner = 2 * self.rows * config.n_embd * config.inner_dim / speed.gemm
         again = forgetful * speed.block_forward_kept + self.narrow_layers * inner
         forward, backward, again = (self.micro_batches * each for each in (forward, backward, again))
         embed = self.micro_batches * speed.embed
@@ -219,9 +227,10 @@ class Plan:
             uses["weights and a gradient on their way"] = (2 * size + self.optimizer.gradient_dtype.itemsize) * largest
         elif self.parts[0]["weight"].dtype != self.dtype:
             uses["weights cast"] = size * largest
-        uses["inputs of every layer"] = (config.n_layer + 2) * self.tokens * config.n_embd * size
-        kept = self.kept_layers * block_activation_bytes(config, self.tokens, self.dtype)
-        narrow = self.narrow_layers * block_activation_bytes(config, self.tokens, self.dtype, inner=False)
+        rows = self.micro_batches * self.rows
+        uses["inputs of every layer"] = (config.n_layer + 2) * rows * config.n_embd * size
+        kept = self.kept_layers * block_activation_bytes(config, rows, self.dtype)
+        narrow = self.narrow_layers * block_activation_bytes(config, rows, self.dtype, inner=False)
         uses["kept activations"] = int(_ALLOCATED * (kept + narrow))
         uses["one layer's work"] = self._working()
         return uses
@@ -229,7 +238,7 @@ class Plan:
     def _working(self) -> int:
         """What the passes of one layer and micro-batch hold at the most, and give back."""
         config, size = self.config, self.dtype.itemsize
-        tokens = self.micro_batch_size * self.sequence_length
+        tokens = self.rows
         # Matrix kernels pack a weight into a layout of their own: a block's largest whole, the vocabulary's by halves
         # (measured). The vocabulary's gradient is summed in fp32, then rounded.
         vocabulary = config.vocab_size * config.n_embd * (4 + 3 * size // 2) + 4 * tokens * config.n_embd * size
@@ -239,6 +248,8 @@ class Plan:
         elif self.narrow_layers:
             recorded = tokens * config.inner_dim * size
         wide = tokens * size * (2 * config.inner_dim + 5 * config.n_embd)
+        if config.attn_pdrop:  # scores, weights, mask, product, and their gradients, of every head and pair of tokens
+            wide += 6 * size * tokens * self.sequence_length * config.n_head
         packed = config.inner_dim * config.n_embd * size
         return max(vocabulary + _LOSS_CHUNKS, recorded + wide + packed + config.block_parameters * size)
 

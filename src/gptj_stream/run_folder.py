@@ -101,7 +101,8 @@ class RunFolder:
         if not self.root.is_dir():
             return True
         inside = [*self.root.iterdir(), *(self.internal.iterdir() if self.internal.is_dir() else ())]
-        return {self.internal, self.tokens, self.id}.issuperset(inside)
+        unfinished = self.config.with_name(f".{self.config.name}.tmp")  # of one that was killed in writing it
+        return {self.internal, self.tokens, self.id, unfinished}.issuperset(inside)
 
     def saved_options(self) -> TrainOptions:
         """The options that the run was started with.

@@ -38,7 +38,7 @@ from gptj_stream.store.direct_io import DirectFile, aligned_buffer
 KEEP_SECONDS = 7 * 24 * 3600
 """After this a measurement is made again."""
 
-_COPY_BYTES = 1 << 28  # beyond any cache
+_COPY_BYTES = 1 << 27  # beyond any cache
 _UPDATE_ROWS = 1 << 12  # of a square matrix: 16 M parameters
 _DISK_BYTES = 1 << 30
 _DISK_SECONDS = 4.0  # a slow disk shows its speed in less than `_DISK_BYTES`

@@ -90,6 +90,7 @@ class _Loop:
             config, store, kept_layers=plan.kept_layers, narrow_layers=plan.narrow_layers, seed=self.options.seed
         )
         self.evaluation: Evaluation | None = None
+        self._saved_best = self._best()  # the best weights that the newest checkpoint names
 
     def run(self) -> TrainResult:
         job, progress = self.job, self.progress
@@ -201,6 +202,7 @@ class _Loop:
         if self.options.export == "best" and (best is None or loss < best):
             self.progress.best_loss, self.progress.best_step = loss, step
             self._write(self._best())
+            self._keep_best(self._saved_best, self._best())
         self.progress.evaluated_step = step
         if isinstance(self.store.home, FileHome):
             self._save()
@@ -221,7 +223,11 @@ class _Loop:
             limit = limit or self.options.save_total_limit
             save_checkpoint(self.job.folder.checkpoints, self.progress.step, self.store, state, limit)
         # the best weights of before can go only now that no checkpoint to resume from names them
-        for other in set(self.job.folder.best.glob("step-*")) - {self._best()}:
+        self._saved_best = self._best()
+        self._keep_best(self._saved_best)
+
+    def _keep_best(self, *folders: Path) -> None:
+        for other in set(self.job.folder.best.glob("step-*")) - {*folders}:
             shutil.rmtree(other)
 
     def _export(self) -> int:

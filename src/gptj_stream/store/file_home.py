@@ -31,6 +31,7 @@ from gptj_stream.store.home import Parts
 from gptj_stream.store.state_file import StateFile, record_bytes, state_file_bytes
 from gptj_stream.trace import Trace
 
+STATES, GRADIENTS, MANIFEST = STORE_FILES = ("state.bin", "gradients.bin", "store.json")
 FORMAT = 1
 LENT = 2
 """Layers away from home at a time: one computes, the next is fetched."""
@@ -86,7 +87,7 @@ class _Manifest(BaseModel):
         Raises:
             UserError: other files, another's store, or a damaged one.
         """
-        path = folder / "store.json"
+        path = folder / MANIFEST
         if not path.exists():
             if folder.is_dir() and any(folder.iterdir()):
                 raise UserError(f"{folder} holds files that are not a store's; give --store an empty or a new folder")
@@ -176,10 +177,10 @@ class FileHome:
             self._keep_manifest()
         if not all(0 <= layer < len(parts) for layer in self._manifest.layers):
             raise UserError(f"{folder / 'store.json'}: damaged (layers); the store cannot be used")
-        self._states = StateFile(folder / "state.bin", parts, new=not self.complete)
+        self._states = StateFile(folder / STATES, parts, new=not self.complete)
         sizes = [_gradient_bytes(layer, gradient_dtype) for layer in parts]
         self._gradient_places = [sum(sizes[:layer]) for layer in range(len(parts))]
-        self._gradients = DirectFile(folder / "gradients.bin", sum(sizes), new=not self.complete)
+        self._gradients = DirectFile(folder / GRADIENTS, sum(sizes), new=not self.complete)
         self.direct = self._states.direct
 
         self._writer = ThreadPoolExecutor(1, "write")
@@ -279,7 +280,7 @@ class FileHome:
         os.close(self._lock)
 
     def _keep_manifest(self) -> None:
-        write_text(self._folder / "store.json", self._manifest.model_dump_json(indent=2))
+        write_text(self._folder / MANIFEST, self._manifest.model_dump_json(indent=2))
 
     def _write(self, what: str, layer: int, write: Callable[[], None]) -> Future[None]:
         """In the writer's thread, one after the other, up to the first that fails.
