@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from gptj_stream.checkpoint.source import SAFETENSORS, Checkpoint
 from gptj_stream.convert import convert, verify
 from gptj_stream.errors import UserError
+from gptj_stream.files import claimed_folder
 from gptj_stream.options import ConvertOptions, VerifyOptions
 from gptj_stream.report import Report
 
@@ -144,12 +145,22 @@ class TestVerify:
         save_file(tensors, other / SAFETENSORS)
         found = verify(VerifyOptions(first=public, second=other), Report())
         assert not found.equal
+        assert len(found.problems) == 1
         assert found.only_first == ["transformer.h.0.ln_1.bias"]
         assert not found.only_second
         assert found.misshapen == {"lm_head.bias": ((352,), (351,))}
         assert found.not_finite == {"transformer.ln_f.bias": (0, 1)}
         different = {name: value for name, value in found.differences.items() if value}
         assert different == {"transformer.h.1.mlp.fc_in.weight": pytest.approx(0.25, abs=1e-6)}
+
+    def test_what_both_lack(self, checkpoint: Path, tmp_path: Path) -> None:
+        shutil.copytree(checkpoint, tmp_path / "bad")
+        tensors = load_file(checkpoint / SAFETENSORS)
+        del tensors["lm_head.bias"]
+        save_file(tensors, tmp_path / "bad" / SAFETENSORS)
+        found = verify(VerifyOptions(first=tmp_path / "bad", second=tmp_path / "bad"), Report())
+        assert not found.equal
+        assert "lm_head.bias is missing" in found.problems[0]
 
     def test_another_configuration(self, checkpoint: Path, tmp_path: Path) -> None:
         shutil.copytree(checkpoint, tmp_path / "other")
@@ -160,14 +171,62 @@ class TestVerify:
         assert not found.equal
 
 
+def test_auto_keeps_what_is_stored(checkpoint: Path, tmp_path: Path) -> None:
+    """Halves with norms in fp32 come out in fp32."""
+    tensors = load_file(checkpoint / SAFETENSORS)
+    shutil.copytree(checkpoint, tmp_path / "mixed")
+    mixed = {name: tensor if ".ln_" in name else tensor.half() for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "mixed" / SAFETENSORS)
+    convert(ConvertOptions(source=tmp_path / "mixed", output=tmp_path / "out"), Report())
+    assert verify(VerifyOptions(first=tmp_path / "mixed", second=tmp_path / "out"), Report()).equal
+
+
 class TestRefusals:
     def test_output(self, gptj: Callable[..., Any], public: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         result = gptj("convert", public, tmp_path / "out")
         assert (result.code, "exists already; name another folder, or add --overwrite" in result.err) == (2, True)
         assert gptj("convert", public, tmp_path / "out", "--overwrite").code == 0
-        result = gptj("convert", tmp_path / "out", tmp_path / "out", "--overwrite")
-        assert (result.code, "is the source itself" in result.err) == (2, True)
+
+    @pytest.mark.parametrize(
+        ("source", "output", "message"),
+        [
+            ("models/gpt-j", "", "name a folder of its own"),
+            ("models/gpt-j", "/", "name a folder of its own"),
+            ("models/gpt-j", ".", "name a folder of its own"),
+            ("models/gpt-j", "models", "holds models/gpt-j, which is read"),
+            ("models/gpt-j", "models/gpt-j", "holds models/gpt-j, which is read"),
+            ("models/gpt-j", "models/gpt-j/pytorch_model.bin", "is no checkpoint folder"),
+            ("models/gpt-j", "mine", "is no checkpoint folder, or holds other folders"),
+            ("models/gpt-j", "letter.txt", "is no checkpoint folder"),
+        ],
+    )
+    def test_overwrite_takes_no_users_files(
+        self, *, source: str, output: str, message: str, gptj: Callable[..., Any], public: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        shutil.copytree(public, tmp_path / "models" / "gpt-j")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("x")
+        (tmp_path / "letter.txt").write_text("x")
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        monkeypatch.chdir(tmp_path)
+        result = gptj("convert", source, output, "--overwrite")
+        assert (result.code, message in result.err) == (2, True), result.err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    def test_another_process_at_work(self, public: Path, tmp_path: Path) -> None:
+        with (
+            claimed_folder(tmp_path / ".out.tmp", tmp_path / "out"),
+            pytest.raises(UserError, match=r"out: another process is at it"),
+        ):
+            convert(ConvertOptions(source=public, output=tmp_path / "out"), Report())
+
+    def test_options_that_name_nothing(self, gptj: Callable[..., Any], public: Path, tmp_path: Path) -> None:
+        result = gptj("convert", public, tmp_path / "out", "--tokenizer", tmp_path)
+        assert (result.code, "holds no tokenizer" in result.err) == (2, True)
+        result = gptj("convert", public, tmp_path / "out", "--config", tmp_path / "no.json")
+        assert (result.code, "no.json: no such file; --config names" in result.err) == (2, True)
 
     def test_values_beyond_a_dtype(self, checkpoint: Path, tmp_path: Path) -> None:
         shutil.copytree(checkpoint, tmp_path / "large")

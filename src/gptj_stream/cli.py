@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -145,7 +146,7 @@ def _inspect(options: InspectOptions, as_json: bool) -> None:
     }
     for what, value in rows.items():
         if value:
-            print(f"  {what:<13} {value}")
+            print(f"  {what:<13} {_plain(value)}")
 
 
 def _verify(options: VerifyOptions, as_json: bool) -> int:
@@ -157,14 +158,16 @@ def _verify(options: VerifyOptions, as_json: bool) -> int:
         print(f"  {name} is {ours} and {theirs}")
     for path, names in ((options.first, found.only_first), (options.second, found.only_second)):
         for name in names:
-            print(f"  {name} is only in {path}")
+            print(f"  {_plain(name)} is only in {path}")
     for name, shapes in found.misshapen.items():
-        print(f"  {name} has shapes {shapes[0]} and {shapes[1]}")
+        print(f"  {_plain(name)} has shapes {shapes[0]} and {shapes[1]}")
     for name, (first, second) in found.not_finite.items():
-        print(f"  {name}: {first:,} and {second:,} values are not finite")
+        print(f"  {_plain(name)}: {first:,} and {second:,} values are not finite")
+    for problem in found.problems:
+        print(f"  {_plain(problem)}")
     worst = sorted(((value, name) for name, value in found.differences.items() if value), reverse=True)
     for value, name in worst[:_SHOWN]:
-        print(f"  {name} differs by up to {value:.3g}")
+        print(f"  {_plain(name)} differs by up to {value:.3g}")
     if len(worst) > _SHOWN:
         print(f"  {len(worst) - _SHOWN} more tensors differ by less (--json lists all)")
     if found.logits is not None:
@@ -202,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of the program; 3 two checkpoints that are not equal; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names that the terminal's encoding lacks are no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     traceback = "--traceback" in arguments
     options: Options | None = None
     try:
@@ -213,12 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         return _fail(_said(error, options), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; `gptj train --output RUN --resume` goes on from a run's newest checkpoint", 130)
+        training = isinstance(options, TrainOptions)
+        hint = "; `gptj train --output RUN --resume` goes on from a run's newest checkpoint" if training else ""
+        return _fail(f"interrupted{hint}", 130)
     except Exception as error:
         if traceback:
             raise
         if _is_out_of_memory(error):
-            return _fail(f"out of memory: {error}; lower --micro-batch-size, --sequence-length or --kept-layers", 2)
+            hint = "; lower --micro-batch-size, --sequence-length or --kept-layers"
+            return _fail(f"out of memory: {error}{hint if isinstance(options, TrainOptions) else ''}", 2)
         return _fail(f"internal error: {type(error).__name__}: {error} (--traceback shows where)", 1)
 
 
@@ -235,8 +244,16 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"gptj: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gptj: {_plain(message)[:_LONGEST_MESSAGE]}", file=sys.stderr)
     return code
+
+
+def _plain(text: str) -> str:
+    """On one line, without what a terminal would take as a command: names may come from a stranger's file."""
+    return "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in " ".join(text.split()))
+
+
+_LONGEST_MESSAGE = 2000
 
 
 def parse(arguments: list[str]) -> tuple[Command, Options, bool]:

@@ -11,6 +11,13 @@ from gptj_stream.errors import UserError
 
 _LARGEST = 1 << 24  # of any dimension: a file that says more is damaged, and would take hours to refuse
 
+_ALIASES = {  # transformers' GPTJConfig takes both names, and these before the others
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
 
 class ModelConfig(BaseModel):
     """A GPT-J's shape. Field names and defaults are those of transformers' `GPTJConfig`."""
@@ -28,7 +35,7 @@ class ModelConfig(BaseModel):
     resid_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
     embd_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
     attn_pdrop: float = Field(0.0, ge=0.0, lt=1.0)
-    layer_norm_epsilon: float = Field(1e-5, gt=0.0)
+    layer_norm_epsilon: float = Field(1e-5, gt=0.0, allow_inf_nan=False)
     initializer_range: float = Field(0.02, gt=0.0)  # only carried on: fresh weights follow `model.initialize`
     tie_word_embeddings: Literal[False] = False
     bos_token_id: int | None = Field(50256, ge=0)
@@ -115,9 +122,17 @@ class ModelConfig(BaseModel):
             raise UserError(
                 f"{source}: the checkpoint is quantized (quantization_config); start from the fp32, fp16 or bf16 one"
             )
+        values = values | {name: values[alias] for alias, name in _ALIASES.items() if alias in values}
         known = {key: value for key, value in values.items() if key in cls.model_fields}
         if known.get("tie_word_embeddings") is None:
             known.pop("tie_word_embeddings", None)  # older configs leave it out; GPT-J never ties
+        rows = known.get("vocab_size", cls.model_fields["vocab_size"].default)
+        for name in ("bos_token_id", "eos_token_id"):
+            token = known.get(name, cls.model_fields[name].default)
+            token = token[0] if isinstance(token, list) and token else token  # several may end a text; the first is eos
+            # transformers writes GPT-2's ids for a vocabulary of any size; they are no part of the mathematics
+            outside = type(token) is int and type(rows) is int and token >= rows
+            known[name] = None if outside else token
         try:
             return cls(**known)
         except ValidationError as error:

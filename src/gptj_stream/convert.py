@@ -39,19 +39,18 @@ def convert(options: ConvertOptions, report: Report) -> Converted:
     Raises:
         UserError: the checkpoint is not whole or not sound, `output` is there already, or its disk is too small.
     """
-    if options.output.exists() and not options.overwrite:
-        raise UserError(f"{options.output} exists already; name another folder, or add --overwrite")
+    _check_output(options)
+    tokenizer_folder = options.tokenizer or (options.source if options.source.is_dir() else options.source.parent)
+    carried = tokenizer_files.files(tokenizer_folder)
+    if options.tokenizer and not carried:
+        raise UserError(f"{options.tokenizer} holds no tokenizer; name a folder with tokenizer.json")
     source = Checkpoint(options.source, options.config)
-    if options.output.resolve() == source.folder.resolve():
-        raise UserError(f"{options.output} is the source itself; name another folder")
     source.check(model_layouts(source.config))
     dtype = source.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     nbytes = source.config.parameters * dtype.itemsize
-    place = next(parent for parent in options.output.absolute().parents if parent.is_dir())
+    place = next(parent for parent in options.output.resolve().parents if parent.is_dir())
     if nbytes > (free := shutil.disk_usage(place).free):
         raise UserError(f"{options.output}: {gib(nbytes)} are needed, {gib(free)} are free in {place}")
-    tokenizer_folder = options.tokenizer or source.folder
-    carried = tokenizer_files.files(tokenizer_folder)
     write_folder(
         options.output,
         source.config,
@@ -69,6 +68,27 @@ def convert(options: ConvertOptions, report: Report) -> Converted:
             f"{options.output}, or convert with --tokenizer FOLDER"
         )
     return Converted(options.output, source.config, dtype, nbytes)
+
+
+def _check_output(options: ConvertOptions) -> None:
+    """Refuse an output that would cost the user files: what is read, or what is no checkpoint.
+
+    Raises:
+        UserError: it would.
+    """
+    output, place = options.output, options.output.resolve()
+    if not output.name or place == Path.cwd():
+        raise UserError(f"output is {str(output)!r}; name a folder of its own")
+    for path in (options.source, options.tokenizer, options.config):
+        if path and path.resolve().is_relative_to(place):
+            raise UserError(f"{output} holds {path}, which is read; name another folder")
+    if not output.exists():
+        return
+    if not options.overwrite:
+        raise UserError(f"{output} exists already; name another folder, or add --overwrite")
+    inside = list(output.iterdir()) if output.is_dir() else [output]
+    if inside and not ((output / "config.json").is_file() and all(path.is_file() for path in inside)):
+        raise UserError(f"{output} is no checkpoint folder, or holds other folders; --overwrite would delete all of it")
 
 
 @dataclass(frozen=True)
@@ -104,11 +124,7 @@ def inspect(options: InspectOptions) -> Inspection:
         UserError: nothing of a known format.
     """
     source = Checkpoint(options.source, options.config)
-    problems = []
-    try:
-        source.check(model_layouts(source.config))
-    except UserError as error:
-        problems.append(str(error))
+    problems = list(filter(None, [_problem(source)]))
     dtypes: dict[str, int] = {}
     for name, tensor in source.tensors.items():
         if not is_buffer(name):
@@ -119,6 +135,8 @@ def inspect(options: InspectOptions) -> Inspection:
         tokenizer = Tokenizer.load(source.folder)
         spare = len(tokenizer.spare_tokens())
         unnamed = source.config.vocab_size - tokenizer.vocab_size
+        if unnamed < 0:
+            problems.append(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, beyond the model's rows")
         words = f"{tokenizer.vocab_size:,} tokens, end of text {tokenizer.eos_token_id}"
     except UserError as error:
         if tokenizer_files.files(source.folder):
@@ -150,6 +168,7 @@ class Comparison:
         misshapen: tensors whose shapes differ, with both.
         differences: each common tensor's largest difference, 0.0 where all values are equal.
         not_finite: tensors with values that are not finite, and how many, in the first and in the second.
+        problems: why one of them is not whole or not sound.
         logits: largest difference of the same text's logits; None where it was not asked for.
     """
 
@@ -159,13 +178,14 @@ class Comparison:
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     differences: dict[str, float]
     not_finite: dict[str, tuple[int, int]]
+    problems: list[str]
     logits: float | None = None
 
     @property
     def equal(self) -> bool:
         """Whether both are the same model: same names, shapes and values, all of them finite."""
         named = self.config or self.only_first or self.only_second or self.misshapen or self.not_finite
-        return not named and not any(self.differences.values())
+        return not named and not self.problems and not any(self.differences.values())
 
 
 def verify(options: VerifyOptions, report: Report) -> Comparison:
@@ -175,6 +195,10 @@ def verify(options: VerifyOptions, report: Report) -> Comparison:
         UserError: one of them is none, or is damaged.
     """
     first, second = (Checkpoint(path, options.config) for path in (options.first, options.second))
+    if options.logits:  # before the hours that a comparison may take
+        for each in (first, second):
+            Tokenizer.load(options.tokenizer or each.folder)
+    problems = [problem for each in (first, second) if (problem := _problem(each))]
     ours, theirs = first.config.model_dump(), second.config.model_dump()
     # what changes the numbers that the model gives; an inner width is the same written out or left to the default
     ours["n_inner"], theirs["n_inner"] = first.config.inner_dim, second.config.inner_dim
@@ -196,9 +220,18 @@ def verify(options: VerifyOptions, report: Report) -> Comparison:
         advance(len(common), "")
     only_first, only_second = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
     logits = None
-    if options.logits and not (config or only_first or only_second or misshapen):
+    if options.logits and not (config or only_first or only_second or misshapen or problems):
         logits = _logits_difference(options)
-    return Comparison(config, only_first, only_second, misshapen, differences, not_finite, logits)
+    return Comparison(config, only_first, only_second, misshapen, differences, not_finite, problems, logits)
+
+
+def _problem(source: Checkpoint) -> str:
+    """Why a checkpoint cannot be used; empty if it can."""
+    try:
+        source.check(model_layouts(source.config))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _difference(name: str, a: StoredTensor, b: StoredTensor) -> tuple[float, tuple[int, int]]:

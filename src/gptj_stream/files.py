@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -71,11 +72,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     Whatever happens, `path` or `.name.old` beside it is whole; the next call, or `recover`, puts the old one back.
     """
     path = path.resolve()  # through links, and `.` has no name of its own
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
     temporary, old = path.with_name(f".{path.name}.tmp"), set_aside_path(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with claimed_folder(temporary, path):
+        recover(path)
+        yield from _replace(path, temporary, old)
+
+
+def _replace(path: Path, temporary: Path, old: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_tree(temporary)
@@ -88,6 +94,34 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def claimed_folder(folder: Path, purpose: Path) -> Iterator[Path]:
+    """An empty folder that no other process makes or deletes meanwhile; one left by a process that was killed goes.
+
+    Raises:
+        UserError: another process has it; the message says what it is for.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{purpose}: another process is at it; wait for that, or name another") from None
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(folder)
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -228,6 +228,46 @@ def test_members_that_are_no_files(kind: bytes, tmp_path: Path) -> None:
         Checkpoint(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_names_that_are_bombs(kind: bytes, tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 1 << 24
+    content = header.tobuf() + bytes(1 << 24) + bytes(1024)
+    (tmp_path / "a.tar.zstd").write_bytes(zstandard.compress(content))
+    with pytest.raises(UserError, match=r"a\.tar\.zstd: damaged"):
+        Checkpoint(tmp_path / "a.tar.zstd")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.tar.zstd"]
+
+
+def test_what_a_killed_process_unpacked_goes(mesh: Any, tmp_path: Path) -> None:
+    made = mesh(1)
+    path = pack(made.write(tmp_path / "there" / "a"), tmp_path / "a.tar.zstd")
+    config(made, tmp_path)
+    stale = tmp_path / ".a.tar.zstd.unpacked"
+    stale.mkdir()
+    (stale / "x").write_text("left")
+    source = Checkpoint(path)
+    assert not (stale / "x").exists()
+    with pytest.raises(UserError, match=r"another process is at it"):
+        Checkpoint(path)
+    del source
+    assert not stale.exists()
+
+
+def test_configurations_beside(mesh: Any, tmp_path: Path) -> None:
+    """Other JSON is passed over; two that differ are one too many."""
+    made = mesh(2)
+    folder = made.write(tmp_path / "a")
+    config(made, tmp_path)
+    for name, content in (("b.json", "[1]"), ("c.json", "{"), ("._mesh.json", "x"), ("d.json", '{"d_model": 1}')):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "same.json").write_text((tmp_path / "mesh.json").read_text())
+    assert Checkpoint(folder).config.n_head == made.config.n_head
+    (tmp_path / "other.json").write_text(json.dumps(made.values() | {"n_heads": 2}))
+    with pytest.raises(UserError, match=r"several configurations \(mesh\.json, other\.json, same\.json\)"):
+        Checkpoint(folder)
+
+
 @pytest.mark.parametrize("share", [0.0001, 0.3, 0.9])
 @pytest.mark.parametrize("compress", [True, False])
 def test_an_archive_cut_short(share: float, compress: bool, mesh: Any, tmp_path: Path) -> None:
@@ -287,6 +327,7 @@ def replaced(name: str, old: bytes, new: bytes) -> Damage:
         (rewrite("shard_1/2.npz", lambda arrays: [x.astype("i4") for x in arrays]), r"must be"),
         (replaced("shard_0/1.npz", b"(32, 16)", b"(92, 16)"), r"does not have the size of its data"),
         (replaced("shard_0/1.npz", b"(32, 16), } ", b"(999999,), }"), r"does not have the size of its data"),
+        (replaced("shard_0/1.npz", b"'shape': (32, 16), }" + b" " * 30, b"'shape': (" + b"1" * 40), r"only C-ordered"),
         (replaced("shard_0/1.npz", b"\x93NUMPY", b"\x93NOMPY"), r"is no NumPy array of version 1"),
     ],
 )

@@ -179,13 +179,14 @@ def with_tensors(change: Callable[[Weights], Weights | None]) -> Damage:
 def indexed(**files: str) -> Damage:
     def damage(folder: Path) -> None:
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps({"weight_map": files}))
+        (folder / SAFETENSORS).rename(folder / "a.safetensors")
 
     return damage
 
 
 def duplicated(folder: Path) -> None:
-    shutil.copy(folder / SAFETENSORS, folder / "a.safetensors")
-    indexed(x=SAFETENSORS, y="a.safetensors")(folder)
+    indexed(x="a.safetensors", y="b.safetensors")(folder)
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
 
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.bias"
@@ -215,6 +216,9 @@ WTE, NORM = "transformer.wte.weight", "transformer.ln_f.bias"
         (indexed(x="/etc/passwd"), r"'passwd' is not the name of a file in this folder"),
         (indexed(x="b.safetensors"), r"b\.safetensors: no such file; the index names it"),
         (indexed(), r"it has no weight_map"),
+        (with_tensors(lambda w: w | {"ln_f.bias": w[NORM]}), r"ln_f\.bias is there with and without the"),
+        (changed(num_attention_heads=3), r"n_embd 32 is not a multiple of n_head 3"),
+        (changed(layer_norm_epsilon=float("inf")), r"layer_norm_epsilon is inf"),
         (duplicated, r"is in a\.safetensors as well; the checkpoint is not sound"),
     ],
 )
@@ -226,6 +230,21 @@ def test_damage(damage: Damage, message: str, checkpoint: Path, tiny: Any, tmp_p
         weights(folder, tiny)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_whole_file_goes_before_an_index(checkpoint: Path, tmp_path: Path) -> None:
+    """As it does in transformers."""
+    shutil.copytree(checkpoint, tmp_path / "gptj")
+    indexed(x="b.safetensors")(tmp_path / "gptj")
+    (tmp_path / "gptj" / "a.safetensors").rename(tmp_path / "gptj" / SAFETENSORS)
+    assert [path.name for path in Checkpoint(tmp_path / "gptj").files] == [SAFETENSORS]
+
+
+def test_names_and_ids_that_transformers_takes(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "gptj")
+    changed(n_head=None, num_attention_heads=4, eos_token_id=[7, 8], bos_token_id=50256)(tmp_path / "gptj")
+    config = Checkpoint(tmp_path / "gptj").config
+    assert (config.n_head, config.eos_token_id, config.bos_token_id) == (4, 7, None)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

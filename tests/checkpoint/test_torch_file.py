@@ -87,6 +87,14 @@ def test_a_state_dict_inside(zipped: bool, tmp_path: Path) -> None:
     assert_read(save({"state_dict": values, "epoch": 3}, tmp_path / "w.bin", zipped=zipped), values)
 
 
+@LAYOUTS
+def test_a_negative_bit_is_refused(zipped: bool, tmp_path: Path) -> None:
+    value = torch.tensor([1 + 2j]).conj().imag
+    assert value.is_neg()
+    with pytest.raises(UserError, match=r"the negative or the conjugate of what is stored"):
+        read_torch_file(save({"a": value}, tmp_path / "w.bin", zipped=zipped))
+
+
 class Calls:
     """Pickles as a call of `function`."""
 
@@ -152,6 +160,9 @@ def test_the_programs_below_are_what_a_tensor_is_written_as(tmp_path: Path) -> N
         (program(3, 2, b"K\x02\x85", b"K\x01\x85"), "needs more values than the 3 stored"),
         (program(3, 0, b"K\x02\x85", b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85"), "needs more values"),
         (program(1 << 62, 0, b"\x8a\x08" + b"\x00" * 7 + b"\x40\x85", b"K\x01\x85"), "needs more values"),
+        (program(3, 0, b"\x8a\x08" + b"\x00" * 5 + b"\x01\x00\x00\x85", b"K\x00\x85"), "needs more values"),
+        (b"\x80\x02}K\x01K\x01s.", "a dict whose keys are of type int"),
+        (b"\x80\x02I99999999999\n.", "the pickle instruction b'I'"),
         (program(-3, 0, b"K\x02\x85", b"K\x01\x85"), "a storage of a kind"),
         (program(3, -1, b"K\x02\x85", b"K\x01\x85"), "not made from a storage"),
         (program(3, 0, b"K\x02K\x02\x86", b"K\x01\x85"), "2 dimensions and 1 strides"),

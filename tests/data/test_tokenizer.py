@@ -197,11 +197,21 @@ class TestAddTokens:
         assert tokenizer.encode(text) == expected
         assert AutoTokenizer.from_pretrained(folder)(text).input_ids == expected
 
-    @pytest.mark.parametrize("names", [["<|sep|>", "<|sep|>"], [" "], ["<|extratoken_2|>"], [END_OF_TEXT], ["a"]])
+    @pytest.mark.parametrize(
+        "names", [["<|x|>", "<|x|>"], [" "], ["<|extratoken_2|>"], ["<|extratoken_99|>"], [END_OF_TEXT], ["a"]]
+    )
     def test_names_that_cannot_be(self, names: list[str], folder: Path) -> None:
         before = {path: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(UserError, match=r"is empty, given twice or a token already"):
+        with pytest.raises(UserError, match=r"is empty or given twice|is a token already, or a spare one's name"):
             add_tokens(folder, names)
         with pytest.raises(UserError, match=r"6 names for 5 spare tokens"):
             add_tokens(folder, [f"<|{i}|>" for i in range(6)])
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_a_spare_token_in_use_stays(self, folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"pad_token": "<|extratoken_1|>"}))
+        size = Tokenizer.load(folder).vocab_size
+        assert add_tokens(folder, ["<|sep|>"]) == {"<|sep|>": size - 4}
+        assert json.loads(path.read_text())["pad_token"] == "<|extratoken_1|>"

@@ -36,7 +36,10 @@ def gptj_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
         if len(tensor.shape) != 2 or tensor.shape[0] % (3 * _GROUPS):
             raise UserError(f"{tensor.file}: {name} has shape {tensor.shape}; its rows must divide by {3 * _GROUPS}")
         for place, part in enumerate(("q_proj", "v_proj", "k_proj")):
-            renamed[name.replace("qkv_proj", part)] = _part(tensor, place)
+            own = name.replace("qkv_proj", part)
+            if own in tensors:
+                raise UserError(f"{tensor.file}: {own} is there beside {name}; a CodeGen has one of them")
+            renamed[own] = _part(tensor, place)
     return renamed
 
 

@@ -70,7 +70,8 @@ def write_folder(
         UserError: a weight beyond the range of `dtype`.
     """
     with new_folder(folder) as temporary:
-        hashes = _write_weights(temporary, config, weights, dtype, max_shard_size, report or Report())
+        hashed = provenance is not None
+        hashes = _write_weights(temporary, config, weights, dtype, max_shard_size, hashed, report or Report())
         values = config.to_huggingface() | {"dtype": str(dtype).removeprefix("torch.")}
         _write_json(temporary / "config.json", values)
         generation = source / "generation_config.json" if source else None
@@ -86,9 +87,15 @@ def write_folder(
 
 
 def _write_weights(
-    folder: Path, config: ModelConfig, weights: Weights, dtype: torch.dtype, max_shard_size: int, report: Report
+    folder: Path,
+    config: ModelConfig,
+    weights: Weights,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    hashed: bool,
+    report: Report,
 ) -> dict[str, str]:
-    """Write the weights' files and their index; the SHA-256 of each file."""
+    """Write the weights' files and their index; if `hashed`, the SHA-256 of each file."""
     slots = [slot for layout in model_layouts(config) for slot in layout.slots]
     shards: list[list[Slot]] = [[]]
     size = 0
@@ -123,9 +130,13 @@ def _write_weights(
                     advance(done, f"{done / 1e9:.1f} of {whole / 1e9:.1f} GB")
 
         for file, shard in zip(files, shards, strict=True):
-            with (folder / file).open("wb") as out, _Hashing(out) as hashing:
-                write_safetensors(hashing, shard, dtype, pieces(shard))
-            hashes[file] = hashing.digest
+            with (folder / file).open("wb") as out:
+                if not hashed:
+                    write_safetensors(out, shard, dtype, pieces(shard))
+                    continue
+                with _Hashing(out) as hashing:
+                    write_safetensors(hashing, shard, dtype, pieces(shard))
+                hashes[file] = hashing.digest
     return hashes
 
 

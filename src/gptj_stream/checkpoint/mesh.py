@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _LEAVES_OF_THE_ENDS = 6
 _DTYPES = {"f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16, "i4": torch.int32}
 _HEADER = 10  # an .npy file's magic, version and length of its description
 _MOST_HEADER = 4096
+_MOST_JSON = 1 << 20
 
 # configs/6B_roto_256.json of that project
 SIX_B: dict[str, Any] = {
@@ -137,7 +139,8 @@ def _leaf(path: Path, name: str, found: Mapping[str, Any]) -> Leaf:
         raise UserError(f"{path}: {name} is no NumPy array of version 1; the file is damaged")
     text = bytes(read_exactly(path, offset + _HEADER, length, torch.uint8).tolist()).decode("latin-1")
     match = re.fullmatch(
-        r"\{'descr': '[<|](..)', 'fortran_order': False, 'shape': \(((?:\d{1,12}(?:, )?)*),?\), \} *\n", text
+        r"\{'descr': '[<|](..)', 'fortran_order': False, 'shape': \(((?:\d{1,12}(?:, \d{1,12}){0,7})?),?\), \} *\n",
+        text,
     )
     if not match or match[1] not in _DTYPES:
         raise UserError(f"{path}: {name} is {text.strip()[:80]}; only C-ordered {', '.join(_DTYPES)} are read")
@@ -155,11 +158,27 @@ def _configuration(folder: Path, config_file: Path | None) -> tuple[dict[str, An
     if config_file:
         return read_json(config_file), str(config_file)
     for beside in (folder, folder.parent):
-        for path in sorted(beside.glob("*.json")):
-            values = read_json(path)
-            if "d_model" in values and "layers" in values:
-                return values, str(path)
+        if path := find_configuration(beside):
+            return read_json(path), str(path)
     return SIX_B, "GPT-J-6B's configuration, as no other is beside it; --config names one"
+
+
+def find_configuration(folder: Path) -> Path | None:
+    """The JSON configuration in `folder`; other JSON is passed over.
+
+    Raises:
+        UserError: several that are not the same.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for path in sorted(folder.glob("[!.]*.json")):
+        with suppress(UserError):
+            values = read_json(path) if path.stat().st_size < _MOST_JSON else {}
+            if "d_model" in values and "layers" in values:
+                found[path] = values
+    if any(values != next(iter(found.values())) for values in found.values()):
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{folder} has several configurations ({names}); name one with --config")
+    return next(iter(found), None)
 
 
 def _whole(values: Mapping[str, Any], name: str, source: str) -> int:

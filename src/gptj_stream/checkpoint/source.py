@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gptj_stream.checkpoint import codegen
 from gptj_stream.checkpoint.archive import Unpacked, is_archive
-from gptj_stream.checkpoint.mesh import find_shards, read_mesh
+from gptj_stream.checkpoint.mesh import find_configuration, find_shards, read_mesh
 from gptj_stream.checkpoint.safetensors_file import read_safetensors_file
 from gptj_stream.checkpoint.tensors import StoredTensor
 from gptj_stream.checkpoint.torch_file import read_torch_file
@@ -73,9 +74,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in, by the vocabulary projection's."""
-        head = self.tensors.get("lm_head.weight")
-        return head.dtype if head and head.dtype in FLOATING else torch.float32
+        """The narrowest that holds every weight as it is stored."""
+        kinds = {each.dtype for name, each in self.tensors.items() if not is_buffer(name) and each.dtype in FLOATING}
+        return reduce(torch.promote_types, kinds) if kinds else torch.float32
 
     @property
     def files(self) -> list[Path]:
@@ -154,9 +155,8 @@ def _open_file(path: Path, config_file: Path | None) -> _Opened:
         shards = find_shards(scratch.folder)
         if shards is None:
             raise UserError(f"{path}: an archive without shard_0; mesh-transformer-jax's checkpoints have one")
-        beside = sorted(path.parent.glob("*.json")) if config_file is None else []
-        found = [file for file in beside if "d_model" in read_json(file)]
-        opened = _open_mesh(shards, config_file or (found[0] if found else None))
+        inside = find_configuration(shards) or find_configuration(scratch.folder)
+        opened = _open_mesh(shards, config_file or inside or find_configuration(path.parent))
         return _Opened(opened.format + " archive", opened.config, opened.tensors, opened.step, scratch)
     source = config_file or path.parent / "config.json"
     if not source.is_file():
@@ -173,6 +173,8 @@ def _open_mesh(folder: Path, config_file: Path | None) -> _Opened:
 def _open_huggingface(folder: Path, config_file: Path | None) -> _Opened:
     source = config_file or folder / "config.json"
     if not source.is_file():
+        if config_file:
+            raise UserError(f"{config_file}: no such file; --config names a config.json")
         raise UserError(f"{folder} is not a checkpoint folder: it has no config.json, and no shard_0")
     tensors: dict[str, StoredTensor] = {}
     files = _weight_files(folder)
@@ -194,7 +196,11 @@ def _gptj(format_name: str, config_file: Path, tensors: dict[str, StoredTensor])
         values, tensors = codegen.gptj_config(values), codegen.gptj_tensors(tensors)
         format_name = f"{format_name}, CodeGen"
     config = ModelConfig.from_huggingface(values, str(config_file))
-    return _Opened(format_name, config, {_full_name(name): tensor for name, tensor in tensors.items()})
+    named: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if named.setdefault(_full_name(name), tensor) is not tensor:
+            raise UserError(f"{tensor.file}: {name} is there with and without the transformer prefix")
+    return _Opened(format_name, config, named)
 
 
 def _full_name(name: str) -> str:
@@ -203,7 +209,9 @@ def _full_name(name: str) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for whole in (SAFETENSORS, PYTORCH):
+    for whole in (SAFETENSORS, PYTORCH):  # in the order in which transformers looks
+        if (folder / whole).is_file():
+            return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.is_file():
             names = read_json(index).get("weight_map")
@@ -216,8 +224,6 @@ def _weight_files(folder: Path) -> list[Path]:
                 if not path.is_file():
                     raise UserError(f"{path}: no such file; the index names it, so the checkpoint is not whole")
             return files
-        if (folder / whole).is_file():
-            return [folder / whole]
     raise UserError(f"{folder} has no {SAFETENSORS} or {PYTORCH}, nor an index of several such files")
 
 

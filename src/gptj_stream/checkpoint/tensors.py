@@ -48,7 +48,9 @@ class StoredTensor:
 
     def steps(self) -> Iterator[tuple[int, int]]:
         """Row ranges that cover the tensor in order, in pieces of a size to hold in memory."""
-        row_bytes = max(1, self.nbytes // max(1, self.rows))
+        if not self.numel:
+            return
+        row_bytes = max(1, self.nbytes // self.rows)
         step = self.rows_at_once or max(1, PIECE_BYTES // row_bytes)
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)

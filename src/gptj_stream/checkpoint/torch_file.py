@@ -10,6 +10,7 @@ Both layouts are those of PyTorch's torch/serialization.py.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import sys
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from gptj_stream.errors import UserError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the pickle layout's first object
 _PROTOCOL = 1001
-_MOST_PICKLE = 64 << 20
+_MOST_PICKLE = 4 << 20  # GPT-J-6B's is 60 kB; an attack's would become some hundred MB of small objects
 _MOST_DIMENSIONS = 8
 
 _STORAGES = {
@@ -103,7 +104,8 @@ def _stored(path: Path, name: str, view: _View, places: Mapping[str, Member]) ->
     if place is None:
         raise UserError(f"{path}: the values of {name} are not in the file")
     size = storage.dtype.itemsize
-    if storage.numel * size > place.nbytes or view.last >= storage.numel:
+    # more values than the storage has are an expanded view, or a bomb
+    if storage.numel * size > place.nbytes or view.last >= storage.numel or math.prod(view.shape) > storage.numel:
         raise UserError(
             f"{path}: {name} of shape {view.shape} needs more values than the {place.nbytes // size} stored for it; "
             "the file is damaged"
@@ -125,7 +127,7 @@ def _read_zip(path: Path) -> tuple[object, dict[str, Member]]:
     found = members(path)
     pickles = [name for name in found if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UserError(f"{path}: a zip archive, but not PyTorch's: it has no data.pkl")
+        raise UserError(f"{path}: a zip archive, but not PyTorch's: it has {len(pickles)} data.pkl, not one")
     folder = pickles[0].removesuffix("data.pkl")
     order = _small(path, found, f"{folder}byteorder") or b"little"
     if order.decode() != "little" or sys.byteorder != "little":
@@ -139,7 +141,7 @@ def _small(path: Path, found: Mapping[str, Member], name: str) -> bytes:
     member = found.get(name, Member(0, 0))
     if member.nbytes > _MOST_PICKLE:
         raise UserError(f"{path}: {name} is {member.nbytes} bytes; a state dict's is far smaller")
-    return bytes(read_exactly(path, member.offset, member.nbytes, torch.uint8).tolist())
+    return read_exactly(path, member.offset, member.nbytes, torch.uint8).numpy().tobytes()
 
 
 def _read_pickles(path: Path) -> tuple[object, dict[str, Member]]:
@@ -185,10 +187,20 @@ class _Limited:
         return data
 
 
-def _rebuild_tensor(storage: object, offset: object, shape: object, stride: object, *_: object) -> _View:
+def _rebuild_tensor(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    _requires_grad: object = None,
+    _hooks: object = None,
+    metadata: object = None,
+) -> _View:
     """torch._utils._rebuild_tensor_v2 (and _rebuild_tensor, which ends with the strides)."""
+    if metadata:
+        raise _RefusedError("a tensor that is the negative or the conjugate of what is stored")
     sizes = [offset, *shape, *stride] if isinstance(shape, tuple) and isinstance(stride, tuple) else [None]
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in sizes):
+    if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 1 << 63 for n in sizes):
         raise _RefusedError("a tensor that is not made from a storage")
     assert isinstance(shape, tuple)
     assert isinstance(stride, tuple)
@@ -241,9 +253,10 @@ class _Unpickler(_PYTHONS):  # type: ignore[misc]
 
     def persistent_load(self, reference: object) -> _Storage:
         match reference:
-            case ("storage", torch.dtype() as dtype, str(key), str(), int(numel)) if numel >= 0:
-                pass
-            case ("storage", torch.dtype() as dtype, str(key), str(), int(numel), None) if numel >= 0:
+            # the pickle layout adds a view of the storage, which PyTorch has long left empty
+            case ("storage", torch.dtype() as dtype, str(key), str(), int(numel), *view) if (
+                0 <= numel < 1 << 63 and view in ([], [None])
+            ):
                 pass
             case _:
                 raise _RefusedError("a storage of a kind that state dicts do not have")
@@ -271,16 +284,15 @@ class _Unpickler(_PYTHONS):  # type: ignore[misc]
             self._set(key, value)
 
     def _set(self, key: object, value: object) -> None:
-        if not isinstance(key, str | int) or not isinstance(self.stack[-1], dict):
+        if not isinstance(key, str) or not isinstance(self.stack[-1], dict):
             raise _RefusedError(f"a dict whose keys are of type {type(key).__name__}")
         self.stack[-1][key] = value
 
 
 _INSTRUCTIONS = (
-    "PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
-    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 BINFLOAT "
-    "UNICODE BINUNICODE SHORT_BINUNICODE STRING BINSTRING SHORT_BINSTRING "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT "
+    "PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
+    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
     "GLOBAL STACK_GLOBAL BINPERSID"
 )
 for _name in _INSTRUCTIONS.split():

@@ -27,6 +27,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 
 
@@ -148,9 +149,12 @@ def add_tokens(folder: Path, names: Sequence[str]) -> dict[str, int]:
     tokenizer = Tokenizer.load(folder)
     vocabulary = tokenizer.vocabulary()
     for name in names:
-        if not name.strip() or name in vocabulary or names.count(name) > 1:
-            raise UserError(f"{folder}: {name!r} is empty, given twice or a token already; choose another name")
-    spare = tokenizer.spare_tokens()
+        if not name.strip() or names.count(name) > 1:
+            raise UserError(f"{folder}: {name!r} is empty or given twice; choose another name")
+        if name in vocabulary or SPARE.fullmatch(name):
+            raise UserError(f"{folder}: {name!r} is a token already, or a spare one's name; choose another name")
+    used = _special_tokens(folder)
+    spare = [token for token in tokenizer.spare_tokens() if token not in used]
     if len(names) > len(spare):
         raise UserError(f"{folder}: {len(names)} names for {len(spare)} spare tokens (<|extratoken_N|>); give fewer")
     renamed = dict(zip(spare, names, strict=False))
@@ -160,10 +164,37 @@ def add_tokens(folder: Path, names: Sequence[str]) -> dict[str, int]:
             before = read_json(path)
             after = _renamed(before, renamed)
             if after != before:
-                changed[path] = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
-    for path, text in changed.items():
-        write_text(path, text)
+                changed[path] = json.dumps(after, indent=2) + "\n"  # in ASCII, which any file can hold
+    originals = {path: path.read_text(encoding="utf-8") for path in changed}
+    try:
+        for path, text in changed.items():
+            write_text(path, text)
+    except BaseException:
+        for path, text in originals.items():
+            write_text(path, text)
+        raise
     return {name: vocabulary[token] for token, name in renamed.items()}
+
+
+def _special_tokens(folder: Path) -> set[str]:
+    """Names that the tokenizer's configuration has a use for: padding, separators and so on."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, dict):
+            collect(value.get("content"))
+        elif isinstance(value, list):
+            for each in value:
+                collect(each)
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        values = read_json(folder / name) if (folder / name).is_file() else {}
+        for key, value in values.items():
+            if key.endswith(("_token", "_special_tokens")):
+                collect(value)
+    return found
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
