@@ -97,7 +97,9 @@ def without_a_shard(folder: Path) -> None:
 
 
 def with_an_index(text: str) -> Damage:
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+    return lambda folder: (
+        (folder / "model.safetensors").rename(folder / "model.safetensors.index.json").write_text(text)
+    )
 
 
 FC_IN = "transformer.h.1.mlp.fc_in.bias"
