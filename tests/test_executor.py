@@ -464,8 +464,12 @@ class TestKeptLayers:
             for name, gradient in gradients.items():
                 assert torch.equal(gradient, results[0][1][name]), name
 
+    @pytest.mark.parametrize("dropout", [0.0, 0.1])
+    @pytest.mark.parametrize("lengths", [(256, 256), (100, 300, 112), (12, 13) * 20 + (12,)], ids=len)
     @pytest.mark.parametrize(("kept_layers", "narrow_layers"), [(0, 0), (3, 0), (0, 3), (1, 1)])
-    def test_memory_at_the_turn_is_what_is_said(self, kept_layers: int, narrow_layers: int) -> None:
+    def test_memory_at_the_turn_is_what_is_said(
+        self, kept_layers: int, narrow_layers: int, lengths: tuple[int, ...], dropout: float
+    ) -> None:
         profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
         class Watching(ResidentStore):
@@ -475,15 +479,16 @@ class TestKeptLayers:
                     profiler.stop()
                 yield from super().stream([first, *rest])
 
-        config, dtype, tokens = PRESETS["gpt-j-125m"].model_copy(update={"n_layer": 3}), torch.bfloat16, 512
+        few = {"n_layer": 3, "vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
+        config = PRESETS["gpt-j-125m"].model_copy(update=few).with_dropout(dropout)
+        dtype, tokens = torch.bfloat16, 512
         store = Watching(model_layouts(config), device=torch.device("cpu"), dtype=dtype)
         for layer, layout in enumerate(store.layouts):
             store.load(layer, torch.zeros(layout.numel))
         ids = torch.zeros(tokens, dtype=torch.long)
+        executor = Executor(config, store, kept_layers=kept_layers, narrow_layers=narrow_layers)
         profiler.start()
-        Executor(config, store, kept_layers=kept_layers, narrow_layers=narrow_layers).gradients(
-            [MicroBatch(ids, ids, (tokens // 2,) * 2)], step=1
-        )
+        executor.gradients([MicroBatch(ids, ids, lengths)], step=1)
         held = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
         said = 4 * tokens * config.n_embd * dtype.itemsize  # the inputs of blocks and head
         said += kept_layers * block_activation_bytes(config, tokens, dtype)
