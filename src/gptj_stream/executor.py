@@ -159,9 +159,9 @@ class Executor:
         config: the model's shape, and its dropout rates.
         store: where its layers live.
         kept_layers: for how many blocks (the last ones) the activations stay from forward to backward.
-        narrow_layers: for how many blocks before those they stay but for the feed-forward's inner ones, nearly half of
-            them, for a ninth more work. The others keep their input alone and are computed again, for a third more
-            work. All of it gives the same bits.
+        narrow_layers: for how many blocks before those they stay but for the feed-forward's inner ones, half of them,
+            for a tenth more work. The others keep their input alone and are computed again, for a third more work.
+            All of it gives the same bits.
         seed: of the dropout masks.
     """
 
