@@ -61,7 +61,7 @@ def fitting_plan(
         kept_layers=min(options.kept_layers or 0, config.n_layer),
     )
     ways = list(_ways(base, options))
-    program = _program_bytes()  # now that all that an optimizer imports is there
+    program = _resident_bytes() + _PROGRAM  # now that all that an optimizer imports is there
     ways = [replace(way, program_bytes=program) for way in ways]
     plan = next(filter(limits.allow, ways), None)
     if plan is None:
@@ -82,7 +82,8 @@ def fastest_plan(plan: Plan, options: TrainOptions, report: Report, *, refresh: 
         refresh=refresh,
         report=report,
     )
-    plan = replace(plan, program_bytes=_program_bytes())
+    # by now most of what the program grows by is there
+    plan = replace(plan, program_bytes=max(plan.program_bytes, _resident_bytes()))
     limits = _Limits.of(options, plan.device)
     activations = _activations(plan) if options.kept_layers is None else [plan]
     ways = [_with_weights_at_hand(each, limits) for each in activations if limits.allow(each)]
@@ -101,8 +102,8 @@ def _activations(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, kept_layers=kept, narrow_layers=n - kept)
 
 
-def _program_bytes() -> int:
-    return int(psutil.Process().memory_info().rss) + _PROGRAM
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def store_folder(options: TrainOptions) -> Path:
@@ -159,7 +160,7 @@ class _Limits:
     @classmethod
     def of(cls, options: TrainOptions, device: torch.device) -> _Limits:
         """What the options allow, as far as it is there; by default all but a tenth of what is free."""
-        free = psutil.Process().memory_info().rss + free_memory(CPU)
+        free = _resident_bytes() + free_memory(CPU)
         memory = min(options.memory or int(0.9 * free), free)
         on_device = 0
         if device.type != "cpu":
