@@ -1,6 +1,6 @@
 """Full-size conversions beside `cp` of the same bytes: seconds, ratio, and peak memory inside a memory cgroup.
 
-    python benchmarks/convert.py --work FOLDER
+    python -m benchmarks.convert --work FOLDER
 
 FOLDER needs 40 GB. GPT-J-6B's shape with random bf16 weights is made in one format after another (safetensors, PyTorch
 zip, mesh-transformer-jax in 8 shards) and converted to bf16 safetensors. Page caches are dropped before every command,
