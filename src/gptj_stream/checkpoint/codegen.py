@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj_stream.checkpoint.tensors import StoredTensor
+from gptj_stream.checkpoint.tensors import StoredTensor, parts_of
 from gptj_stream.errors import UserError
 
 _GROUPS = 4  # the cores that CodeGen was trained on: each has q, v and k of its heads in turn
@@ -47,16 +47,8 @@ def _part(fused: StoredTensor, place: int) -> StoredTensor:
     rows = fused.shape[0] // (3 * _GROUPS)
 
     def read_rows(start: int, stop: int) -> Tensor:
-        parts = []
-        for group in range(start // rows, -(-stop // rows)):
-            first = (3 * group + place) * rows
-            parts.append(
-                fused.read_rows(
-                    first + max(start - group * rows, 0),
-                    first + min(stop - group * rows, rows),
-                )
-            )
-        return torch.cat(parts)
+        offsets = [(3 * group + place) * rows for group in range(_GROUPS)]
+        return torch.cat([fused.read_rows(offsets[i] + a, offsets[i] + b) for i, a, b in parts_of(rows, start, stop)])
 
     shape = (rows * _GROUPS, fused.shape[1])
     return StoredTensor(fused.file, shape, fused.dtype, read_rows, rows_at_once=rows)

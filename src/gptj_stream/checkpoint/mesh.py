@@ -11,7 +11,7 @@ transformer_shard.py and layers.py of github.com/kingoflolz/mesh-transformer-jax
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptj_stream.checkpoint.tensors import StoredTensor, read_exactly
+from gptj_stream.checkpoint.tensors import StoredTensor, parts_of, read_exactly
 from gptj_stream.checkpoint.zip_file import members
 from gptj_stream.config import ModelConfig
 from gptj_stream.errors import UserError
@@ -253,12 +253,6 @@ def _stored(
     return StoredTensor(leaves[0].file, shape, leaves[0].dtype, read_rows, rows_at_once)
 
 
-def _shards_of(rows: int, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-    """Which shards of `rows` each the range start:stop lies in, and which of their rows."""
-    for shard in range(start // rows, -(-stop // rows)):
-        yield shard, slice(max(start - shard * rows, 0), min(stop - shard * rows, rows))
-
-
 def _joined(leaves: Sequence[Leaf]) -> StoredTensor:
     """A vector cut over the shards."""
     whole = len(leaves) * leaves[0].shape[0]
@@ -285,7 +279,7 @@ def _outputs(leaves: Sequence[Leaf]) -> StoredTensor:
     inputs, outputs = leaves[0].shape
 
     def read_rows(start: int, stop: int) -> Tensor:
-        return torch.cat([leaves[shard].read().T[rows] for shard, rows in _shards_of(outputs, start, stop)])
+        return torch.cat([leaves[shard].read().T[a:b] for shard, a, b in parts_of(outputs, start, stop)])
 
     return _stored(leaves, (len(leaves) * outputs, inputs), read_rows, rows_at_once=outputs)
 
@@ -308,7 +302,7 @@ def _embedding(leaves: Sequence[Leaf], biases: Sequence[Leaf]) -> StoredTensor:
     rows, width = leaves[0].shape
 
     def read_rows(start: int, stop: int) -> Tensor:
-        parts = [leaves[shard].read()[there] for shard, there in _shards_of(rows, start, stop)]
+        parts = [leaves[shard].read()[a:b] for shard, a, b in parts_of(rows, start, stop)]
         return torch.cat(parts).float() + _sum(biases)
 
     return _stored(leaves, (len(leaves) * rows, width), read_rows, rows_at_once=rows)

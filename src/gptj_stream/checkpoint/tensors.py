@@ -56,6 +56,12 @@ class StoredTensor:
             yield start, min(start + step, self.rows)
 
 
+def parts_of(rows: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Of a tensor in parts of `rows` rows: the parts that start:stop lies in, each with its own first and last row."""
+    for part in range(start // rows, -(-stop // rows)):
+        yield part, max(start - part * rows, 0), min(stop - part * rows, rows)
+
+
 def read_exactly(path: Path, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
     """`numel` values from byte `offset` of a file, (numel,).
 
