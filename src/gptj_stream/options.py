@@ -313,7 +313,7 @@ class AddTokenOptions(Options):
 
 
 class ConvertOptions(Options):
-    """Write a checkpoint of any format as a folder that transformers, vLLM and CTranslate2 load."""
+    """Write a checkpoint of any format as a folder that transformers and CTranslate2 load."""
 
     positional = ("source", "output")
 

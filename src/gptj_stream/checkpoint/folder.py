@@ -1,4 +1,4 @@
-"""Folders that transformers, vLLM and CTranslate2 load as they are: config, safetensors in shards, tokenizer, card."""
+"""Folders that transformers and CTranslate2 load as they are: config, safetensors in shards, tokenizer, card."""
 
 from __future__ import annotations
 
